@@ -1,0 +1,55 @@
+"""JSON between Python and jsonb: strict on the way in, never raising on the way out."""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+MAX_JSON_CHARACTERS = 2**28
+
+
+@dataclass(frozen=True)
+class UnreadableJson:
+    """Stands in a row for a JSON value that Postgres holds and Python cannot read."""
+
+    reason: str
+
+
+def dumps(value: object) -> str:
+    """The JSON text of a value.
+
+    Raises ValueError for NaN, infinities, nesting beyond Python's recursion limit and text over
+    MAX_JSON_CHARACTERS, TypeError for what JSON does not know.
+    """
+    try:
+        # Without check_circular a circular value is simply one that nests for ever.
+        text = json.dumps(value, allow_nan=False, check_circular=False)
+    except RecursionError:
+        raise ValueError("a JSON value is nested too deeply, or contains itself") from None
+    if len(text) > MAX_JSON_CHARACTERS:
+        raise ValueError(
+            f"a JSON value of {len(text):,} characters is too large: "
+            f"the most that can be stored is {MAX_JSON_CHARACTERS:,}"
+        )
+    return text
+
+
+def loads(data: str | bytes) -> Any:
+    """The value of a JSON text, or an UnreadableJson with the reason.
+
+    psycopg reads a whole batch of rows at once: an exception here would lose them all.
+    """
+    try:
+        return json.loads(data, parse_float=_finite_float)
+    except RecursionError:
+        return UnreadableJson("nested too deeply for Python to read")
+    except Exception as error:
+        return UnreadableJson(f"Python cannot read it: {error}")
+
+
+def _finite_float(digits: str) -> float:
+    """float() turns a number beyond its range into an infinity, which is not what was stored."""
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"a number of {len(digits)} characters is beyond the range of a float")
+    return number

@@ -1,0 +1,80 @@
+"""Telling the database's absence from a statement's own fault, and waiting for its return."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import psycopg
+from psycopg_pool import PoolClosed
+
+T = TypeVar("T")
+
+FIRST_DELAY = 0.1  # seconds
+MAX_DELAY = 1.0
+
+logger = logging.getLogger(__name__)
+# How many keep_trying calls are failing just now: a hundred of them are one outage, not a hundred.
+failing = 0
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether an error means that the database cannot answer now but may do so later.
+
+    True for a lost connection, a restart, a pool timeout, a deadlock, too many connections. False
+    for a closed pool, for a statement's own fault, and for SQLSTATE class 54 (a value too large or
+    too complex), which psycopg calls an OperationalError too.
+    """
+    if isinstance(error, PoolClosed):
+        return False
+    if not isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
+        return False
+    return not (error.sqlstate or "").startswith("54")
+
+
+async def keep_trying(operation: Callable[[], Awaitable[T]]) -> T:
+    """Run a database operation, again and again while the database is away; return its result.
+
+    `operation` must be safe to run again although an earlier try may have been committed. Whatever
+    is not is_away() propagates at once. To stop trying, cancel it.
+    """
+    global failing
+    delay = 0.0
+    try:
+        while True:
+            try:
+                result = await operation()
+            except Exception as error:
+                if not is_away(error):
+                    raise
+                if not delay:
+                    failing += 1
+                    if failing == 1:
+                        logger.warning("database away, trying again: %s", one_line(error))
+                delay = min(2 * delay or FIRST_DELAY, MAX_DELAY)
+                await asyncio.sleep(delay * random.uniform(0.75, 1.0))
+            else:
+                if delay and failing == 1:
+                    logger.info("database back")
+                return result
+    finally:
+        if delay:
+            failing -= 1
+
+
+@contextmanager
+def surviving_outage(what: str) -> Iterator[None]:
+    """Log `what` and go on behind this block if the database is away; for loops that come again."""
+    try:
+        yield
+    except Exception as error:
+        if not is_away(error):
+            raise
+        logger.warning("%s: %s", what, one_line(error))
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message with its line breaks removed."""
+    return " ".join(str(error).split())
