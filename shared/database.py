@@ -162,7 +162,8 @@ def explain(error: Exception) -> str:
         reason = f"no answer within {START_TIMEOUT:g} seconds"
     else:
         message, _, _ = str(error).partition("Multiple connection attempts failed")
-        reason = " ".join(message.split())
+        lines = message.removeprefix("connection failed: ").splitlines()
+        reason = "; ".join(line.strip() for line in lines if line.strip())
     return f"Cannot connect to the database in DATABASE_URL: {without_password(reason)}"
 
 

@@ -31,6 +31,7 @@ with warnings.catch_warnings():
 
 logger = logging.getLogger(__name__)
 
+PROGRAMS: Path = utils.POSTGRES_VERSIONS[utils.TARGET_POSTGRES_VERSION]
 MAX_SOCKET_PATH = 103  # bytes: the lowest limit, that of macOS
 START_TIMEOUT = 60  # seconds; recovery after a crash may take a while
 WAIT = ["-w", "-t", str(START_TIMEOUT)]
@@ -52,7 +53,6 @@ class EmbeddedPostgres:
     def __init__(self, directory: Path) -> None:
         self.directory = directory.resolve()
         self.data = self.directory / "data"
-        self.programs = utils.POSTGRES_VERSIONS[utils.TARGET_POSTGRES_VERSION]
         self.users = fasteners.InterProcessReaderWriterLock(self.directory / "users.lock")
         self.starting = fasteners.InterProcessLock(self.directory / "start.lock")
 
@@ -195,18 +195,18 @@ class EmbeddedPostgres:
         """As root, let the server's user reach the data and the programs."""
         if not self.account():
             return
-        for parent in [*self.data.parents, *self.programs.parents]:
+        for parent in [*self.data.parents, *PROGRAMS.parents]:
             if not parent.stat().st_mode & stat.S_IXOTH:
                 parent.chmod(parent.stat().st_mode | stat.S_IXOTH)
-        utils.ensure_folder_permissions(self.programs.parent, stat.S_IRGRP | stat.S_IROTH)
-        utils.ensure_folder_permissions(self.programs, stat.S_IXGRP | stat.S_IXOTH)
+        utils.ensure_folder_permissions(PROGRAMS.parent, stat.S_IRGRP | stat.S_IROTH)
+        utils.ensure_folder_permissions(PROGRAMS, stat.S_IXGRP | stat.S_IXOTH)
 
     def execute(self, program: str, *arguments: str) -> None:
         """Run one of Postgres's programs; raise OSError with the last line of its complaints."""
         # A file, not a pipe: the server inherits it, and a pipe would not end before the server.
         with tempfile.TemporaryFile("w+") as errors:
             result = subprocess.run(
-                [self.programs / program, *arguments],
+                [PROGRAMS / program, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,

@@ -6,7 +6,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -58,6 +58,8 @@ def run(main: Coroutine[Any, Any, None]) -> None:
             raise
         raise SystemExit(128 + received[0]) from None
     finally:
+        if task.done() and not task.cancelled():
+            task.exception()  # marks it as seen, or asyncio would print a SystemExit's traceback
         close_loop(loop)
 
 
@@ -68,11 +70,13 @@ def close_loop(loop: asyncio.AbstractEventLoop) -> None:
         if not context["message"].startswith("Task was destroyed"):
             loop.default_exception_handler(context)
 
-    tasks = asyncio.all_tasks(loop)
-    for task in tasks:
+    for task in asyncio.all_tasks(loop):
         task.cancel()
-    if tasks:
-        loop.run_until_complete(asyncio.wait(tasks, timeout=ABANDON_AFTER))
+    deadline = loop.time() + ABANDON_AFTER
+    while (tasks := asyncio.all_tasks(loop)) and loop.time() < deadline:
+        # A task that raises one of these stops the loop, and the others still need it.
+        with suppress(SystemExit, KeyboardInterrupt):
+            loop.run_until_complete(asyncio.wait(tasks, timeout=deadline - loop.time()))
     loop.set_exception_handler(report)
     loop.close()
 

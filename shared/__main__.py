@@ -1,0 +1,56 @@
+"""Tools to look at the lessons' database.
+
+python -m shared psql [NN] [ARGUMENTS]   psql, in the schema of lesson NN; ARGUMENTS are psql's own
+python -m shared watch NN                tasks, workers and events of lesson NN as they change
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import Conninfo
+
+from shared.database import conninfo
+from shared.embedded import PROGRAMS
+from shared.runtime import run
+from shared.watch import watch
+
+
+def psql(schema: str, arguments: list[str]) -> int:
+    """Run psql on the lessons' database; return its exit status."""
+    # In the environment, since everybody can read the command line, and so a password in it.
+    settings = conninfo_to_dict(conninfo(schema))
+    variables = {
+        option.envvar.decode(): str(settings[option.keyword.decode()])
+        for option in Conninfo.get_defaults()
+        if option.envvar and option.keyword.decode() in settings
+    }
+    program = shutil.which("psql") or PROGRAMS / "psql"
+    # Ctrl-C is for psql, which cancels a query with it and would inherit SIG_IGN.
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    status = subprocess.call([program, *arguments], env=os.environ | variables)
+    return status if status >= 0 else 128 - status
+
+
+def lesson_schema(number: str) -> str:
+    """The schema of the lesson with this number, however many digits it is written with."""
+    return f"lesson_{int(number):02}"
+
+
+def main(arguments: list[str]) -> None:
+    match arguments:
+        case ["psql", number, *rest] if number.isdecimal():
+            sys.exit(psql(lesson_schema(number), rest))
+        case ["psql", *rest]:
+            sys.exit(psql("public", rest))
+        case ["watch", number] if number.isdecimal():
+            run(watch(lesson_schema(number)))
+        case _:
+            sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
