@@ -1,0 +1,52 @@
+-- name: create_task(queue, task_name, input)^
+-- Enqueue one task.
+INSERT INTO tasks (queue, task_name, input)
+VALUES (:queue, :task_name, :input)
+RETURNING *;
+
+-- name: get_task(id)^
+SELECT *
+FROM tasks
+WHERE id = :id;
+
+-- name: get_tasks(queue)
+SELECT *
+FROM tasks
+WHERE queue = :queue
+ORDER BY id;
+
+-- name: poll_tasks(queue, limit)
+-- Claim the oldest queued tasks. SKIP LOCKED passes over rows that another worker is claiming
+-- at this moment, so two workers never wait for each other and never get the same task.
+WITH picked AS (
+    SELECT id
+    FROM tasks
+    WHERE queue = :queue
+      AND status = 'QUEUED'
+    ORDER BY id
+    LIMIT :limit
+    FOR UPDATE SKIP LOCKED
+)
+UPDATE tasks
+SET status = 'RUNNING'
+FROM picked
+WHERE tasks.id = picked.id
+RETURNING tasks.*;
+
+-- name: complete_task(id, output)^
+UPDATE tasks
+SET status = 'COMPLETED',
+    output = :output,
+    finished_at = now()
+WHERE id = :id
+  AND status = 'RUNNING'
+RETURNING *;
+
+-- name: fail_task(id, output)^
+UPDATE tasks
+SET status = 'FAILED',
+    output = :output,
+    finished_at = now()
+WHERE id = :id
+  AND status = 'RUNNING'
+RETURNING *;

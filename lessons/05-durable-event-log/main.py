@@ -1,0 +1,93 @@
+"""Lesson 05: two attempts write one log. The second finds the events of the first."""
+
+import os
+from pathlib import Path
+from uuid import UUID, uuid4
+
+from errors import TaskNotOwnedError
+from event_log import EventLog
+from models import DurableEvent, Task
+from psycopg.types.json import Jsonb
+
+from shared import Pool, Queries, load_queries, open_pool, run
+from shared.demo import show
+
+LESSON = Path(__file__).parent
+QUEUE = f"demo-{os.getpid()}"  # its own for each run, so that two at once do not mix
+
+
+async def enqueue(pool: Pool, queries: Queries) -> None:
+    async with pool.connection() as conn:
+        await queries.create_task(
+            conn,
+            queue=QUEUE,
+            task_name="process_order",
+            input=Jsonb({"order": "A-1"}),
+            max_retries=0,
+            timeout=None,
+            schedule_timeout=None,
+            priority=1,
+            is_durable=True,
+        )
+
+
+async def claim(pool: Pool, queries: Queries, worker_id: UUID) -> Task:
+    """Claim the task as a worker would: the worker itself does not know the log yet."""
+    async with pool.connection() as conn:
+        rows = queries.poll_tasks(conn, queue=QUEUE, limit=1, worker_id=worker_id)
+        [task] = [Task(**row) async for row in rows]
+    print(f"\nattempt {task.attempt} begins", flush=True)
+    return task
+
+
+async def append(pool: Pool, log: EventLog, task: Task, event_id: int) -> None:
+    async with pool.connection() as conn, conn.transaction():
+        _, already_recorded = await log.append(conn, task, event_id, "TASK_STARTED")
+    found = "found, an earlier attempt has appended it" if already_recorded else "appended"
+    print(f"attempt {task.attempt}, event {event_id}: {found}", flush=True)
+
+
+async def main() -> None:
+    queries = load_queries(LESSON)
+    async with open_pool(LESSON) as pool:
+        log = EventLog(queries)
+        await enqueue(pool, queries)
+
+        first_worker = uuid4()
+        first = await claim(pool, queries, first_worker)
+        await append(pool, log, first, 1)
+        await append(pool, log, first, 2)
+
+        # The first worker stalls, and its task is given to another.
+        async with pool.connection() as conn:
+            rows = queries.requeue_own_tasks(conn, worker_id=first_worker, ids=[], attempts=[])
+            assert [row["id"] async for row in rows] == [first.id]
+
+        second = await claim(pool, queries, uuid4())
+        for event_id in (1, 2, 3):
+            await append(pool, log, second, event_id)
+
+        print("\nthe first worker is back, and does not know what has happened", flush=True)
+        try:
+            await append(pool, log, first, 3)
+        except TaskNotOwnedError as error:
+            print(f"refused: {error}")
+
+        async with pool.connection() as conn:
+            await queries.complete_task(
+                conn,
+                id=second.id,
+                worker_id=second.worker_id,
+                attempt=second.attempt,
+                output=Jsonb("done"),
+            )
+            events = [
+                DurableEvent(**row) async for row in queries.get_events(conn, task_id=first.id)
+            ]
+            task = Task(**await queries.get_task(conn, id=first.id))
+        show("the log:", events)
+        show("the task:", [task], "id task_name status attempt output")
+
+
+if __name__ == "__main__":
+    run(main())

@@ -1,0 +1,209 @@
+-- name: create_task(queue, task_name, input, max_retries, timeout, schedule_timeout, priority, is_durable)^
+-- Enqueue one task. The time of its schedule timeout is made by Postgres, whose clock will judge it.
+INSERT INTO tasks (
+    queue, task_name, input, max_retries, timeout, schedule_timeout_at, priority, is_durable
+)
+VALUES (
+    :queue, :task_name, :input, :max_retries, :timeout,
+    now() + CAST(:schedule_timeout AS INTERVAL), :priority, :is_durable
+)
+RETURNING *;
+
+-- name: get_task(id)^
+SELECT *
+FROM tasks
+WHERE id = :id;
+
+-- name: get_tasks(queue)
+SELECT *
+FROM tasks
+WHERE queue = :queue
+ORDER BY id;
+
+-- name: poll_tasks(queue, limit, worker_id)
+-- Claim the most urgent queued tasks, oldest first. SKIP LOCKED passes over rows that another
+-- worker is claiming at this moment, so two workers never wait for each other and never get the
+-- same task. RETURNING promises no order, hence the last SELECT.
+WITH picked AS (
+    SELECT id
+    FROM tasks
+    WHERE queue = :queue
+      AND status = 'QUEUED'
+      AND (attempt > 0 OR schedule_timeout_at IS NULL OR schedule_timeout_at > now())
+    ORDER BY priority DESC, id
+    LIMIT :limit
+    FOR UPDATE SKIP LOCKED
+), claimed AS (
+    UPDATE tasks
+    SET status = 'RUNNING',
+        worker_id = :worker_id,
+        attempt = attempt + 1
+    FROM picked
+    WHERE tasks.id = picked.id
+    RETURNING tasks.*
+)
+SELECT *
+FROM claimed
+ORDER BY priority DESC, id;
+
+-- name: complete_task(id, worker_id, attempt, output)^
+UPDATE tasks
+SET status = 'COMPLETED',
+    output = :output,
+    finished_at = now()
+WHERE id = :id
+  AND worker_id = :worker_id
+  AND attempt = :attempt
+  AND status = 'RUNNING'
+RETURNING *;
+
+-- name: fail_task(id, worker_id, attempt, output)^
+UPDATE tasks
+SET status = 'FAILED',
+    output = :output,
+    finished_at = now()
+WHERE id = :id
+  AND worker_id = :worker_id
+  AND attempt = :attempt
+  AND status = 'RUNNING'
+RETURNING *;
+
+-- name: requeue_failed_task(id, worker_id, attempt, output)^
+-- A failure with retries left.
+UPDATE tasks
+SET status = 'QUEUED',
+    output = :output,
+    worker_id = NULL,
+    retry_count = retry_count + 1
+WHERE id = :id
+  AND worker_id = :worker_id
+  AND attempt = :attempt
+  AND status = 'RUNNING'
+RETURNING *;
+
+-- name: requeue_own_tasks(worker_id, ids, attempts)
+-- Put back what this worker owns and does not run: all but the (id, attempt) given.
+WITH unknown AS (
+    SELECT id
+    FROM tasks
+    WHERE worker_id = :worker_id
+      AND status = 'RUNNING'
+      AND (id, attempt) NOT IN (
+          SELECT *
+          FROM unnest(CAST(:ids AS BIGINT[]), CAST(:attempts AS INT[]))
+      )
+    ORDER BY id
+    FOR UPDATE SKIP LOCKED
+)
+UPDATE tasks
+SET status = 'QUEUED',
+    worker_id = NULL
+FROM unknown
+WHERE tasks.id = unknown.id
+RETURNING tasks.*;
+
+-- name: heartbeat(id, display_name, max_silence)^
+-- Say that this worker is alive. Tells whether it had been out of touch: silent for longer than
+-- max_silence, or new, or taken for inactive by the others, who delete its row.
+WITH previous AS (
+    SELECT last_heartbeat_at
+    FROM workers
+    WHERE id = :id
+)
+INSERT INTO workers (id, display_name)
+VALUES (:id, :display_name)
+ON CONFLICT (id) DO UPDATE
+SET last_heartbeat_at = now()
+RETURNING NOT EXISTS (
+    SELECT
+    FROM previous
+    WHERE last_heartbeat_at > now() - make_interval(secs => :max_silence)
+) AS was_out_of_touch;
+
+-- name: requeue_lost_tasks(inactive_after, max_lost_workers)
+-- Take the running tasks of inactive workers away from them. The active workers are listed first,
+-- once: a row that was claimed anew while we looked is then checked against the same list.
+WITH lost AS (
+    SELECT id, lost_count + 1 >= :max_lost_workers AS is_given_up
+    FROM tasks
+    WHERE status = 'RUNNING'
+      AND (worker_id = ANY (ARRAY(
+          SELECT id
+          FROM workers
+          WHERE last_heartbeat_at > now() - make_interval(secs => :inactive_after)
+      ))) IS NOT TRUE
+    ORDER BY id
+    FOR UPDATE SKIP LOCKED
+)
+UPDATE tasks
+SET status = CASE WHEN is_given_up THEN 'FAILED' ELSE 'QUEUED' END::task_status,
+    output = CASE WHEN is_given_up THEN jsonb_build_object(
+        'error', 'its worker became inactive ' || lost_count + 1 || ' times'
+    ) ELSE output END,
+    finished_at = CASE WHEN is_given_up THEN now() END,
+    worker_id = NULL,
+    lost_count = lost_count + 1
+FROM lost
+WHERE tasks.id = lost.id
+RETURNING tasks.*;
+
+-- name: delete_inactive_workers(inactive_after)!
+DELETE FROM workers
+WHERE id IN (
+    SELECT id
+    FROM workers
+    WHERE last_heartbeat_at <= now() - make_interval(secs => :inactive_after)
+    FOR UPDATE SKIP LOCKED
+);
+
+-- name: delete_worker(id)!
+DELETE FROM workers
+WHERE id = :id;
+
+-- name: expire_tasks()
+-- Fail the tasks that nobody claimed in time.
+WITH expired AS (
+    SELECT id
+    FROM tasks
+    WHERE status = 'QUEUED'
+      AND attempt = 0
+      AND schedule_timeout_at <= now()
+    ORDER BY id
+    FOR UPDATE SKIP LOCKED
+)
+UPDATE tasks
+SET status = 'FAILED',
+    output = jsonb_build_object(
+        'error', 'schedule timeout: nobody claimed it before ' || schedule_timeout_at
+    ),
+    finished_at = now()
+FROM expired
+WHERE tasks.id = expired.id
+RETURNING tasks.*;
+
+-- name: lock_task(id, worker_id, attempt)^
+-- Hold the task's row until the end of the transaction, if this attempt still owns it.
+SELECT id
+FROM tasks
+WHERE id = :id
+  AND worker_id = :worker_id
+  AND attempt = :attempt
+  AND status = 'RUNNING'
+FOR UPDATE;
+
+-- name: get_event(task_id, event_id)^
+SELECT *
+FROM durable_events
+WHERE task_id = :task_id
+  AND event_id = :event_id;
+
+-- name: get_events(task_id)
+SELECT *
+FROM durable_events
+WHERE task_id = :task_id
+ORDER BY event_id;
+
+-- name: append_event(task_id, event_id, kind)^
+INSERT INTO durable_events (task_id, event_id, kind)
+VALUES (:task_id, :event_id, :kind)
+RETURNING *;
