@@ -1,0 +1,137 @@
+"""What the tests share: tasks, workers in this process and in others, and waiting for a state."""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from psycopg import sql
+from psycopg.types.json import Jsonb
+
+from shared import Pool
+
+QUEUE = "q"
+DEADLINE = 20.0  # seconds; generous, since it is only ever reached by a test that fails
+WORKER_PROCESS = Path(__file__).parent / "worker_process.py"
+
+# For worker_process and monkeypatch: quick, and still far enough apart on a busy machine.
+QUICK = {"HEARTBEAT_INTERVAL": 0.1, "INACTIVE_AFTER": 1.0, "POLL_INTERVAL": 0.02}
+
+
+async def execute(pool: Pool, statement: str, *parameters: Any) -> list[dict[str, Any]]:
+    """Execute one statement; return its rows, if it is one that has rows."""
+    async with pool.connection() as conn:
+        cursor = await conn.execute(statement.encode(), parameters or None)
+        return await cursor.fetchall() if cursor.description else []
+
+
+async def enqueue(pool: Pool, task_name: str, input: Any = None, **columns: Any) -> int:
+    """Insert a task in QUEUE with plain SQL, and other columns as given; return its id."""
+    values = {"queue": QUEUE, "task_name": task_name, "input": Jsonb(input), **columns}
+    statement = sql.SQL("INSERT INTO tasks ({}) VALUES ({}) RETURNING id").format(
+        sql.SQL(", ").join(map(sql.Identifier, values)),
+        sql.SQL(", ").join(sql.Placeholder() * len(values)),
+    )
+    async with pool.connection() as conn:
+        row = await (await conn.execute(statement, list(values.values()))).fetchone()
+    assert row
+    return int(row["id"])
+
+
+async def get_task(pool: Pool, id: int) -> dict[str, Any]:
+    """The row of one task."""
+    (row,) = await execute(pool, "SELECT * FROM tasks WHERE id = %s", id)
+    return row
+
+
+async def statuses(pool: Pool) -> dict[str, int]:
+    """How many tasks have which status."""
+    rows = await execute(pool, "SELECT status, count(*) AS n FROM tasks GROUP BY status")
+    return {row["status"]: row["n"] for row in rows}
+
+
+async def wait_for(
+    condition: Callable[[], Awaitable[Any] | Any], what: str, seconds: float = DEADLINE
+) -> Any:
+    """Return the condition's value as soon as it is true; fail the test if that takes too long.
+
+    The condition may be a plain or an async function.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if isinstance(value, Awaitable):
+            value = await value
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"waited in vain for {seconds:g} s until {what}"
+        await asyncio.sleep(0.01)
+
+
+async def wait_for_status(pool: Pool, id: int, *wanted: str) -> dict[str, Any]:
+    """Wait until a task has one of these statuses; return its row."""
+
+    async def row_with_status() -> dict[str, Any] | None:
+        row = await get_task(pool, id)
+        return row if row["status"] in wanted else None
+
+    row: dict[str, Any] = await wait_for(row_with_status, f"task {id} is {' or '.join(wanted)}")
+    return row
+
+
+async def finished(pool: Pool, id: int) -> dict[str, Any]:
+    """Wait until a task has COMPLETED or FAILED; return its row."""
+    return await wait_for_status(pool, id, "COMPLETED", "FAILED")
+
+
+@asynccontextmanager
+async def working(*workers: Any, queue: str = QUEUE) -> AsyncIterator[asyncio.Task[None]]:
+    """Run workers within this block; yields the `start` of the first.
+
+    At the end they are cancelled and waited for. What one of them raised by itself is raised here.
+    """
+    starts = [asyncio.create_task(worker.start(queue)) for worker in workers]
+    try:
+        yield starts[0]
+    finally:
+        for start in starts:
+            start.cancel()
+        await asyncio.wait(starts, timeout=DEADLINE)
+        for start in starts:
+            assert start.done(), "a worker did not end when it was cancelled"
+            with suppress(asyncio.CancelledError):
+                start.result()
+
+
+@asynccontextmanager
+async def worker_process(
+    lesson: Any, *, script: Path = WORKER_PROCESS, queue: str = QUEUE, **settings: Any
+) -> AsyncIterator[Process]:
+    """A worker in a process of its own within this block; see worker_process.py.
+
+    Settings are QUICK, `concurrency`, and globals of the lesson's worker.py by their names. What it
+    writes to stderr ends up in that of the test. Is it still alive at the end, it is killed.
+    """
+    arguments = [str(lesson.path), queue, json.dumps(QUICK | settings)]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(script), *arguments, env=environment
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def ended(process: Process) -> int:
+    """Wait until a process has ended by itself; return its exit status."""
+    async with asyncio.timeout(DEADLINE):
+        return await process.wait()
