@@ -1,6 +1,7 @@
 """How a program starts, is told to stop, ends, and reports errors."""
 
 import asyncio
+import ctypes
 import logging
 import re
 import signal
@@ -58,18 +59,13 @@ def run(main: Coroutine[Any, Any, None]) -> None:
             raise
         raise SystemExit(128 + received[0]) from None
     finally:
+        close_loop(loop)
         if task.done() and not task.cancelled():
             task.exception()  # marks it as seen, or asyncio would print a SystemExit's traceback
-        close_loop(loop)
 
 
 def close_loop(loop: asyncio.AbstractEventLoop) -> None:
     """Cancel what still runs on a loop, wait for it within bounds, and close the loop."""
-
-    def report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        if not context["message"].startswith("Task was destroyed"):
-            loop.default_exception_handler(context)
-
     for task in asyncio.all_tasks(loop):
         task.cancel()
     deadline = loop.time() + ABANDON_AFTER
@@ -77,7 +73,10 @@ def close_loop(loop: asyncio.AbstractEventLoop) -> None:
         # A task that raises one of these stops the loop, and the others still need it.
         with suppress(SystemExit, KeyboardInterrupt):
             loop.run_until_complete(asyncio.wait(tasks, timeout=deadline - loop.time()))
-    loop.set_exception_handler(report)
+    for task in asyncio.all_tasks(loop):
+        # Destroying a coroutine runs it once more. One that catches everything would then run for
+        # ever, so those that are left are kept from being destroyed, even as the program ends.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(task))
     loop.close()
 
 
