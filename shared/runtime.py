@@ -55,9 +55,8 @@ def run(main: Coroutine[Any, Any, None]) -> None:
         with signal_handler(stop):
             loop.run_until_complete(task)
     except asyncio.CancelledError:
-        if not received:
-            raise
-        raise SystemExit(128 + received[0]) from None
+        # Without a signal here it was a second one within stop_signals, which is a Ctrl-C too.
+        raise SystemExit(128 + (received[0] if received else signal.SIGINT)) from None
     finally:
         close_loop(loop)
         if task.done() and not task.cancelled():
