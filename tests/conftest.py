@@ -1,0 +1,122 @@
+"""Which lessons a test runs on, and on which database.
+
+A test with the fixture `lesson` runs on every lesson; markers narrow that:
+
+    @pytest.mark.since(4)               it holds from lesson 04 on, and does not run before
+    @pytest.mark.flaw(3, reason="...")  it must fail on lesson 03, whose README names that flaw
+
+`pytest --lesson DIRECTORY` runs those tests, and only those, on another directory, a
+learner's copy. (The option itself is in shared/pytest_plugin.py.)
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from lesson_loader import Lesson, all_lessons, lesson_number
+from server import DESCRIPTIONS, Kind, choose_server, docker_answers, new_database, running_server
+from shared import Pool, Queries, load_queries, open_pool
+
+NOT_COLLECTED = None  # in place of a lesson, where a test holds for none of those chosen
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # End as on Ctrl-C, so that the server does not stay behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for path in chosen_lessons(config):
+        if not path.is_dir():
+            raise pytest.UsageError(f"--lesson: there is no directory {path}")
+        try:
+            lesson_number(path)
+        except ValueError as error:
+            raise pytest.UsageError(f"--lesson: {error}") from None
+
+
+def pytest_report_header() -> str:
+    return f"postgres: {DESCRIPTIONS[server_kind()]}"
+
+
+def chosen_lessons(config: pytest.Config) -> list[Path]:
+    paths: list[Path] | None = config.getoption("--lesson")
+    return [path.resolve() for path in paths] if paths else all_lessons()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "lesson" not in metafunc.fixturenames:
+        return
+    marker = metafunc.definition.get_closest_marker("since")
+    since = marker.args[0] if marker else 1
+    flaws = {m.args[0]: m.kwargs["reason"] for m in metafunc.definition.iter_markers("flaw")}
+    chosen = []
+    for path in chosen_lessons(metafunc.config):
+        number = lesson_number(path)
+        if number >= since:
+            chosen.append(pytest.param(path, id=path.name))
+        elif number in flaws:
+            fails = pytest.mark.xfail(reason=flaws[number], strict=True)
+            chosen.append(pytest.param(path, id=path.name, marks=fails))
+    metafunc.parametrize("lesson", chosen or [NOT_COLLECTED], indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    only_lessons = config.getoption("--lesson")
+
+    def wanted(item: pytest.Item) -> bool:
+        callspec = getattr(item, "callspec", None)
+        if callspec is None or "lesson" not in callspec.params:
+            return not only_lessons
+        return callspec.params["lesson"] is not NOT_COLLECTED
+
+    items[:] = filter(wanted, items)
+
+
+if sys.platform == "win32":
+
+    def pytest_asyncio_loop_factories() -> dict[str, type[asyncio.AbstractEventLoop]]:
+        # psycopg cannot use the one that is the default there.
+        return {"selector": asyncio.SelectorEventLoop}
+
+
+@cache
+def server_kind() -> Kind:
+    return choose_server(os.environ, docker_answers)
+
+
+@pytest.fixture(scope="session")
+def server_url() -> Iterator[str]:
+    """The URL of the test run's Postgres server."""
+    with running_server(server_kind(), os.environ) as url:
+        yield url
+
+
+@pytest.fixture
+def database(server_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The connection string of this test's own empty database, which is also its DATABASE_URL."""
+    with new_database(server_url) as url:
+        monkeypatch.setenv("DATABASE_URL", url)
+        yield url
+
+
+@pytest.fixture
+def lesson(request: pytest.FixtureRequest) -> Lesson:
+    """A lesson with its modules, freshly loaded: a test may change their globals."""
+    return Lesson(request.param)
+
+
+@pytest.fixture
+async def pool(lesson: Lesson, database: str) -> AsyncIterator[Pool]:
+    """The lesson's pool, on the test's own database."""
+    async with open_pool(lesson.path) as pool:
+        yield pool
+
+
+@pytest.fixture
+def queries(lesson: Lesson) -> Queries:
+    """The lesson's queries."""
+    return load_queries(lesson.path)

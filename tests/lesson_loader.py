@@ -1,0 +1,64 @@
+"""Loading a lesson's modules, whose names are the same in every lesson."""
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+LESSONS = Path(__file__).resolve().parent.parent / "lessons"
+
+
+class Lesson:
+    """A lesson's directory with its modules as attributes: lesson.worker, lesson.models, ..."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.name
+        self.number = lesson_number(path)
+        self.modules = load_modules(path)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only called for what __init__ has not set.
+        if name in self.modules:
+            return self.modules[name]
+        raise AttributeError(f"lesson {self.name} has no {name}.py")
+
+
+def lesson_number(path: Path) -> int:
+    """The number that a lesson's directory begins with; raises ValueError if there is none."""
+    number = re.match(r"[0-9]+", path.name)
+    if not number:
+        raise ValueError(f"{path} does not begin with a lesson's number, as in 07-my-copy")
+    return int(number[0])
+
+
+def all_lessons() -> list[Path]:
+    return sorted(LESSONS.glob("[0-9][0-9]-*"))
+
+
+def load_modules(path: Path) -> dict[str, ModuleType]:
+    """Import all modules of a lesson anew, and leave no trace of them in sys.modules."""
+    names = [file.stem for file in sorted(path.glob("*.py"))]
+    with without_modules(names):
+        sys.path.insert(0, str(path))
+        try:
+            return {name: importlib.import_module(name) for name in names}
+        finally:
+            sys.path.remove(str(path))
+
+
+@contextmanager
+def without_modules(names: list[str]) -> Iterator[None]:
+    """Within this block no modules of these names are loaded; afterwards those of before."""
+    importlib.invalidate_caches()
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    try:
+        yield
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)

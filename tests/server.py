@@ -1,0 +1,81 @@
+"""The Postgres server of a test run, and a database of its own for each test."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+from uuid import uuid4
+
+import psycopg
+from psycopg.conninfo import make_conninfo
+
+from shared import EmbeddedPostgres
+
+Kind = Literal["TEST_DATABASE_URL", "Docker", "embedded"]
+DESCRIPTIONS: dict[Kind, str] = {
+    "TEST_DATABASE_URL": "the server at TEST_DATABASE_URL",
+    "Docker": "a container (Docker answers, and TEST_DATABASE_URL is not set)",
+    "embedded": "embedded, in a temporary directory (neither TEST_DATABASE_URL nor Docker)",
+}
+IMAGE = "postgres:18"
+
+
+def docker_answers() -> bool:
+    """Whether there is a Docker engine for testcontainers to use."""
+    # A dependency of testcontainers, and slow to import.
+    import docker  # type: ignore[import-untyped]
+
+    try:
+        docker.from_env(timeout=2).ping()
+    except Exception:
+        # No socket, no permission, no engine behind it, a misspelt DOCKER_HOST: all mean no.
+        return False
+    return True
+
+
+def choose_server(environ: Mapping[str, str], docker: Callable[[], bool]) -> Kind:
+    """Which server the tests are to use."""
+    if environ.get("TEST_DATABASE_URL"):
+        return "TEST_DATABASE_URL"
+    return "Docker" if docker() else "embedded"
+
+
+@contextmanager
+def running_server(kind: Kind, environ: Mapping[str, str]) -> Iterator[str]:
+    """The URL of a server of that kind, which is gone after the block if it was started for it."""
+    if kind == "TEST_DATABASE_URL":
+        yield environ["TEST_DATABASE_URL"]
+    elif kind == "Docker":
+        from testcontainers.postgres import PostgresContainer
+
+        with PostgresContainer(IMAGE, driver=None) as container:
+            yield container.get_connection_url()
+    else:
+        # On Windows a program that is just ending may still have a file open.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+            server = EmbeddedPostgres(Path(directory))
+            url = server.start()
+            with psycopg.connect(url, autocommit=True) as conn:
+                # The tests kill Postgres, but not the machine it runs on.
+                conn.execute("ALTER SYSTEM SET fsync = off")
+                conn.execute("SELECT pg_reload_conf()")
+            try:
+                yield url
+            finally:
+                server.stop()
+
+
+@contextmanager
+def new_database(server_url: str) -> Iterator[str]:
+    """The connection string of a new and empty database, which is dropped after the block."""
+    name = f"test_{uuid4().hex[:12]}"
+    with psycopg.connect(server_url, autocommit=True) as conn:
+        # template0 since nobody can be connected to it, which would make this fail.
+        conn.execute(f"CREATE DATABASE {name} TEMPLATE template0".encode())
+        try:
+            yield make_conninfo(server_url, dbname=name)
+        finally:
+            if conn.broken:  # by a test that restarts the server
+                conn = psycopg.connect(server_url, autocommit=True)
+            conn.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
