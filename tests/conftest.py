@@ -4,6 +4,7 @@ A test with the fixture `lesson` runs on every lesson; markers narrow that:
 
     @pytest.mark.since(4)               it holds from lesson 04 on, and does not run before
     @pytest.mark.flaw(3, reason="...")  it must fail on lesson 03, whose README names that flaw
+    @pytest.mark.only(4, 7)             it is slow; the lessons between run the same code
 
 `pytest --lesson DIRECTORY` runs those tests, and only those, on another directory, a
 learner's copy. (The option itself is in shared/pytest_plugin.py.)
@@ -53,10 +54,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("since")
     since = marker.args[0] if marker else 1
     flaws = {m.args[0]: m.kwargs["reason"] for m in metafunc.definition.iter_markers("flaw")}
+    marker = metafunc.definition.get_closest_marker("only")
+    only = marker.args if marker and not metafunc.config.getoption("--lesson") else None
     chosen = []
     for path in chosen_lessons(metafunc.config):
         number = lesson_number(path)
-        if number >= since:
+        if number >= since and (only is None or number in only):
             chosen.append(pytest.param(path, id=path.name))
         elif number in flaws:
             fails = pytest.mark.xfail(reason=flaws[number], strict=True)
