@@ -76,6 +76,7 @@ async def open_pool(lesson_dir: str | Path) -> AsyncIterator[Pool]:
         # Costs no round trip: it reads what has already come, which may be the server's farewell.
         try:
             conn.pgconn.consume_input()
+            conn.pgconn.consume_input()  # the end comes after the farewell
         except psycopg.OperationalError:
             await pool.check()  # then the other idle connections are probably lost too
             raise

@@ -114,18 +114,19 @@ def signal_handler(handler: Callable[[int, FrameType | None], None]) -> Iterator
 
 
 def error_text(error: BaseException) -> str:
-    """An exception's type and message, and those of an exception group's members.
+    """An exception's type and message; of an exception group also those of all errors in it.
 
     The text suits jsonb: NUL and lone surrogates are replaced, MAX_ERROR_CHARACTERS is its limit.
     """
-    texts: list[str] = []
+    texts = [describe(error)]
     waiting = [error]
     # A loop, since recursion would fail on a group nested a thousand deep.
     while waiting and len(texts) < MAX_ERROR_CHARACTERS:
         current = waiting.pop()
-        texts.append(describe(current)[: MAX_ERROR_CHARACTERS + 1])
         if isinstance(current, BaseExceptionGroup):
             waiting.extend(reversed(current.exceptions))
+        elif current is not error:
+            texts.append(describe(current))
     text = "; ".join(texts)
     if len(text) > MAX_ERROR_CHARACTERS:
         text = text[: MAX_ERROR_CHARACTERS - 1] + "…"
@@ -133,11 +134,12 @@ def error_text(error: BaseException) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """`TypeName: message` of one exception."""
+    """`TypeName: message` of one exception, of which little more than can be kept."""
     name = type(error).__name__
     try:
         message = f"{error!s}"
     except BaseException:
         # Its __str__ is the user's code and may raise anything at all.
         message = "(its message could not be read)"
-    return f"{name}: {message}" if message else name
+    text = f"{name}: {message}" if message else name
+    return text[: MAX_ERROR_CHARACTERS + 1]

@@ -19,10 +19,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from lesson_loader import Lesson, all_lessons, lesson_number
 from server import DESCRIPTIONS, Kind, choose_server, docker_answers, new_database, running_server
 from shared import Pool, Queries, load_queries, open_pool
+
+# The machine may be busy: no test fails for being slow.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 NOT_COLLECTED = None  # in place of a lesson, where a test holds for none of those chosen
 
