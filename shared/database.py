@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import aiosql
 import psycopg
@@ -28,7 +28,7 @@ Pool = AsyncConnectionPool[Connection]
 # aiosql makes a method of each query when it loads the file, so there is nothing to check.
 Queries = Any
 
-START_TIMEOUT = 8.0  # seconds, for the first connection of a program
+START_TIMEOUT = 6.0  # seconds, for the first connection of a program
 POOL_TIMEOUT = 10.0  # seconds
 # A dead network is noticed after about 5 + 3 * 3 seconds, whether or not data is on its way.
 NETWORK = {
@@ -180,6 +180,6 @@ def without_password(text: str) -> str:
             "it cannot be read as meant. In its password, @ / : ? # % must be written "
             "as %40 %2F %3A %3F %23 %25"
         )
-    for secret in {password, raw} - {""}:
+    for secret in {password, raw, quote(password, safe="")} - {""}:
         text = text.replace(secret, "***")
     return text

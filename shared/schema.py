@@ -14,6 +14,8 @@ from shared.outages import one_line
 
 logger = logging.getLogger(__name__)
 
+LOCK_TIMEOUT = "10s"
+
 # What may hold a semicolon that ends no statement, and the semicolon that does.
 TOKEN = re.compile(
     r"""
@@ -79,7 +81,7 @@ async def apply_schema(conn: AsyncConnection[DictRow], schema: str, path: Path) 
     version = "schema.sql " + hashlib.sha256(script.encode()).hexdigest()
     try:
         async with conn.transaction():
-            await conn.execute("SET LOCAL lock_timeout = '10s'")
+            await conn.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'".encode())
             # Two programs may start at once: the second waits here, and finds the work done.
             await conn.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [schema])
             applied = await applied_version(conn, schema)

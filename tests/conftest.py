@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, settings
 
 from lesson_loader import Lesson, all_lessons, lesson_number
 from server import DESCRIPTIONS, Kind, choose_server, docker_answers, new_database, running_server
-from shared import Pool, Queries, load_queries, open_pool
+from shared import EmbeddedPostgres, Pool, Queries, load_queries, open_pool
 
 # The machine may be busy: no test fails for being slow.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -128,3 +128,12 @@ async def pool(lesson: Lesson, database: str) -> AsyncIterator[Pool]:
 def queries(lesson: Lesson) -> Queries:
     """The lesson's queries."""
     return load_queries(lesson.path)
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[EmbeddedPostgres]:
+    """A server that a test may stop and start as it likes."""
+    server = EmbeddedPostgres(tmp_path / "postgres")
+    server.start()
+    yield server
+    server.stop()

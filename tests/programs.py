@@ -31,7 +31,7 @@ def small_lesson(directory: Path, schema: str = "CREATE TABLE notes (note TEXT);
     path = directory / "07-small"
     path.mkdir(parents=True)
     (path / "schema.sql").write_text(schema, encoding="utf-8")
-    (path / "queries.sql").write_text("-- name: one()$\nSELECT 1 AS one;\n", encoding="utf-8")
+    (path / "queries.sql").write_text("-- name: one()^\nSELECT 1 AS one;\n", encoding="utf-8")
     return path
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import psycopg
@@ -103,15 +103,6 @@ async def test_it_can_be_cancelled() -> None:
     trying.cancel()
     with pytest.raises(asyncio.CancelledError):
         await trying
-
-
-@pytest.fixture
-def own_server(tmp_path: Path) -> Iterator[EmbeddedPostgres]:
-    """A server that a test may stop and start as it likes."""
-    server = EmbeddedPostgres(tmp_path / "postgres")
-    server.start()
-    yield server
-    server.stop()
 
 
 @pytest.fixture

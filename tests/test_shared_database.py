@@ -1,0 +1,358 @@
+"""Connections, schemas and queries, and what a user is told when there is something wrong."""
+
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from programs import outcome, run_program, small_lesson, start_program
+from shared import EmbeddedPostgres, database_url, load_queries, open_connection, open_pool
+from shared.database import without_password
+from shared.schema import schema_name, statements
+
+OPEN_POOL = """
+async def main():
+    async with open_pool(sys.argv[1]) as pool:
+        load_queries(sys.argv[1])
+        print("opened")
+
+run(main())
+"""
+MAX_SECONDS = 10.0  # to end with an error line, as promised
+PASSWORD = "s3cr@t/ /x"
+ENCODED = "s3cr%40t%2F%20%2Fx"
+
+
+# Connections
+
+
+async def test_connections_of_the_pool(database: str, tmp_path: Path) -> None:
+    async with open_pool(small_lesson(tmp_path)) as pool, pool.connection() as conn:
+        assert conn.autocommit
+        cursor = await conn.execute(
+            "SELECT current_schemas(false) AS schemas, current_setting('application_name') AS name"
+        )
+        row = await cursor.fetchone()
+    assert row
+    assert row["schemas"] == ["lesson_07"]
+    assert row["name"].startswith("lesson_07")
+
+
+async def test_a_connection_outside_the_pool_is_like_those_inside(
+    database: str, tmp_path: Path
+) -> None:
+    async with open_pool(small_lesson(tmp_path)) as pool:
+        held = [await pool.getconn() for _ in range(pool.max_size)]
+        async with await open_connection(pool) as conn:
+            assert conn.autocommit
+            await conn.execute("INSERT INTO notes VALUES ('x')")
+            cursor = await conn.execute("""SELECT *, '[1e400]'::jsonb AS big FROM notes""")
+            row = await cursor.fetchone()
+        assert row
+        assert row["note"] == "x"
+        for conn in held:
+            await pool.putconn(conn)
+
+
+async def test_options_in_the_url_are_kept(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = make_conninfo(database, application_name="mine", options="-c work_mem=1MB")
+    monkeypatch.setenv("DATABASE_URL", url)
+    async with open_pool(small_lesson(tmp_path)) as pool, pool.connection() as conn:
+        cursor = await conn.execute(
+            "SELECT current_setting('work_mem') AS memory, current_setting('application_name') "
+            "AS name, current_schema() AS schema"
+        )
+        assert await cursor.fetchone() == {"memory": "1MB", "name": "mine", "schema": "lesson_07"}
+
+
+def test_database_url_is_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://host/name")
+    assert database_url() == "postgresql://host/name"
+
+
+# Schemas
+
+
+@pytest.mark.parametrize(
+    ("directory", "schema"),
+    [("07-durable-tasks", "lesson_07"), ("7-x", "lesson_07"), ("12_y/", "lesson_12")],
+)
+def test_the_schema_has_the_number_of_the_directory(directory: str, schema: str) -> None:
+    assert schema_name(directory) == schema
+
+
+def test_a_directory_without_a_number_is_refused() -> None:
+    with pytest.raises(SystemExit, match=r"my-copy: .* must begin with its number"):
+        schema_name("path/to/my-copy")
+
+
+async def notes(lesson: Path, add: str = "") -> list[str]:
+    """Open a pool, perhaps add a note, and return all that there are."""
+    async with open_pool(lesson) as pool, pool.connection() as conn:
+        if add:
+            await conn.execute("INSERT INTO notes (note) VALUES (%s)", [add])
+        cursor = await conn.execute("SELECT note FROM notes ORDER BY note")
+        return [row["note"] async for row in cursor]
+
+
+async def test_state_survives_until_the_schema_changes(
+    database: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    lesson = small_lesson(tmp_path)
+    assert await notes(lesson, add="a") == ["a"]
+    assert await notes(lesson, add="b") == ["a", "b"]
+    assert caplog.messages == []
+
+    with (lesson / "schema.sql").open("a") as file:
+        file.write("-- changed\n")
+    assert await notes(lesson) == []
+    assert caplog.messages == ["schema.sql has changed: dropped lesson_07 and created it anew"]
+    assert await notes(lesson, add="c") == ["c"]
+
+
+async def test_a_faulty_change_leaves_the_old_schema_alone(database: str, tmp_path: Path) -> None:
+    lesson = small_lesson(tmp_path)
+    good = (lesson / "schema.sql").read_text()
+    await notes(lesson, add="a")
+    (lesson / "schema.sql").write_text(good + "CREATE TABLE;")
+    with pytest.raises(SystemExit, match="line 2"):
+        await notes(lesson)
+    (lesson / "schema.sql").write_text(good)
+    assert await notes(lesson) == ["a"]
+
+
+async def test_lessons_do_not_share_tables(database: str, tmp_path: Path) -> None:
+    lesson = small_lesson(tmp_path)
+    other = lesson.with_name("06-other")
+    other.mkdir()
+    (other / "schema.sql").write_text("CREATE TABLE notes (note TEXT);")
+    assert await notes(lesson, add="a") == ["a"]
+    assert await notes(other) == []
+
+
+def test_programs_that_start_at_once_apply_the_schema_once(database: str, tmp_path: Path) -> None:
+    # Long enough for all of them to find no schema, did they not wait for each other.
+    lesson = small_lesson(tmp_path, "CREATE TABLE notes (note TEXT); SELECT pg_sleep(0.5);")
+    programs = [start_program(OPEN_POOL, lesson) for _ in range(3)]
+    for program in programs:
+        end = outcome(program)
+        assert (end.status, end.stdout, end.stderr) == (0, "opened\n", "")
+
+
+async def test_a_schema_in_use_is_not_waited_for_for_ever(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.schema.LOCK_TIMEOUT", "100ms")
+    lesson = small_lesson(tmp_path)
+    async with open_pool(lesson) as pool, pool.connection() as conn, conn.transaction():
+        await conn.execute("SELECT * FROM notes")
+        (lesson / "schema.sql").write_text("CREATE TABLE notes (note TEXT, more TEXT);")
+        with pytest.raises(SystemExit, match="another program"):
+            await notes(lesson)
+
+
+FAULTS = {
+    "syntax": ("CREATE TABLE a ();\n\nCREATE\n\nTABEL b ();\n", 5, "syntax error"),
+    "duplicate": ("CREATE TABLE a ();\n\n-- again\nCREATE TABLE a ();\n", 4, "already exists"),
+    "unknown type": ("CREATE TABLE a (\n    b INT,\n    c NOSUCHTYPE\n);\n", 3, "nosuchtype"),
+    "in a value": ("SELECT 1;\n/* ; /* ; */ ; */ SELECT ';' ||\n'ä' ||\n1/0;", 2, "zero"),
+    "after quotes": (
+        "SELECT ';', E'\\';', $a$;$b$;$a$, \";\"\nFROM (SELECT 1 \";\") x;\nX;",
+        3,
+        "X",
+    ),
+    "after umlauts": ("-- äöü\nSELECT 'äöü' AS ä,\n  nosuchcolumn;", 3, "nosuchcolumn"),
+}
+
+
+@pytest.mark.parametrize(("script", "line", "message"), FAULTS.values(), ids=FAULTS)
+async def test_an_error_in_the_schema_names_file_and_line(
+    script: str, line: int, message: str, database: str, tmp_path: Path
+) -> None:
+    lesson = small_lesson(tmp_path, script)
+    with pytest.raises(SystemExit) as caught:
+        await notes(lesson)
+    text = str(caught.value)
+    assert text.startswith(f"{lesson / 'schema.sql'}, line {line}: ")
+    assert message in text
+    assert "\n" not in text
+
+
+def test_statements_are_told_apart() -> None:
+    script = "-- a;\nSELECT 1;;\n /* ; */ SELECT '; --' ; SELECT $$ ; ' $$, a$b$c, $1; -- end"
+    assert [statement for _, statement in statements(script)] == [
+        "SELECT 1",
+        "SELECT '; --' ",
+        "SELECT $$ ; ' $$, a$b$c, $1",
+    ]
+
+
+async def test_a_missing_schema_is_one_line(database: str, tmp_path: Path) -> None:
+    lesson = small_lesson(tmp_path)
+    (lesson / "schema.sql").unlink()
+    with pytest.raises(SystemExit, match=r"schema\.sql"):
+        await notes(lesson)
+
+
+# Queries
+
+
+async def test_queries_take_a_connection(database: str, tmp_path: Path) -> None:
+    lesson = small_lesson(tmp_path)
+    queries = load_queries(lesson)
+    async with open_pool(lesson) as pool, pool.connection() as conn:
+        assert await queries.one(conn) == {"one": 1}
+
+
+BAD_QUERIES: dict[str, str | bytes] = {
+    "parameters": "-- name: get(id)^\nSELECT 1;\n",
+    "operation": "-- name: get()%\nSELECT 1;\n",
+    "empty": "-- name: get()^\n",
+    "encoding": b"-- name: get()^\nSELECT '\xe4';\n",
+}
+
+
+@pytest.mark.parametrize("text", BAD_QUERIES.values(), ids=BAD_QUERIES)
+def test_bad_queries_are_one_line(text: str | bytes, tmp_path: Path) -> None:
+    lesson = small_lesson(tmp_path)
+    (lesson / "queries.sql").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SystemExit) as caught:
+        load_queries(lesson)
+    assert str(caught.value).startswith(f"{lesson / 'queries.sql'}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_queries_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"queries\.sql"):
+        load_queries(tmp_path)
+
+
+# No database
+
+
+@pytest.fixture
+def free_port() -> int:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port that takes connections and never answers."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        yield listener.getsockname()[1]
+
+
+def error_line(url: str, lesson: Path) -> str:
+    """The line with which a program ends that cannot use this DATABASE_URL."""
+    start = time.monotonic()
+    end = run_program(OPEN_POOL, lesson, database_url=url)
+    assert time.monotonic() - start < MAX_SECONDS
+    for secret in [PASSWORD, ENCODED, "s3cr"]:
+        assert secret not in end.stdout + end.stderr
+    return end.sole_error_line()
+
+
+MALFORMED = [
+    f"postgres//bob:{ENCODED}@host/db",
+    f"mysql://bob:{ENCODED}@host/db",
+    f"postgresql://bob:{ENCODED}@host/db?nosuchoption=1",
+    "postgresql://bob:s3cr%zzet@host/db",
+    "password=s3cret host",
+    "password='s3cret",
+    "s3cret",
+]
+
+
+@pytest.mark.parametrize("url", MALFORMED)
+def test_a_malformed_url(url: str, tmp_path: Path) -> None:
+    assert "DATABASE_URL is not a valid" in error_line(url, small_lesson(tmp_path))
+
+
+UNREACHABLE = [
+    "postgresql://bob:{ENCODED}@127.0.0.1:{port}/db",
+    "postgresql://bob:{ENCODED}@localhost:{port}/db",
+    "postgresql://bob:{ENCODED}@127.0.0.1,localhost,127.0.0.1:{port}/db",
+    "postgresql://bob:s3cr@t/x@127.0.0.1:{port}/db",
+    "postgresql://bob:s3/cret@127.0.0.1:{port}/db",
+    "postgresql://bob@127.0.0.1:{port}/db?password={ENCODED}&connect_timeout=x",
+    "postgresql://bob:{ENCODED}@127.0.0.1:999999/db",
+    "host=127.0.0.1 port={port} user=bob password='{PASSWORD}' connect_timeout=60",
+    "postgresql://bob:{ENCODED}@no-such-host.invalid/db",
+]
+
+
+@pytest.mark.parametrize("url", UNREACHABLE)
+def test_an_unreachable_database(url: str, free_port: int, tmp_path: Path) -> None:
+    url = url.format(port=free_port, ENCODED=ENCODED, PASSWORD=PASSWORD)
+    assert "Cannot connect" in error_line(url, small_lesson(tmp_path))
+
+
+def test_a_database_that_never_answers(silent_port: int, tmp_path: Path) -> None:
+    addresses = ",".join(4 * ["127.0.0.1"])
+    url = f"postgresql://bob:{ENCODED}@{addresses}:{silent_port}/db?connect_timeout=60"
+    assert "no answer" in error_line(url, small_lesson(tmp_path))
+
+
+def test_a_database_that_does_not_exist(database: str, tmp_path: Path) -> None:
+    url = make_conninfo(database, dbname="nosuchdatabase")
+    assert "nosuchdatabase" in error_line(url, small_lesson(tmp_path))
+
+
+@pytest.fixture
+def poor_user(database: str) -> Iterator[str]:
+    """A database user without rights, whose password is PASSWORD; the connection string of it."""
+    name = f"poor_{conninfo_to_dict(database)['dbname']}"
+    with psycopg.connect(database, autocommit=True) as conn:
+        user, password = sql.Identifier(name), sql.Literal(PASSWORD)
+        conn.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(user, password))
+        yield make_conninfo(database, user=name, password=PASSWORD)
+        conn.execute(sql.SQL("DROP ROLE {}").format(user))
+
+
+def test_a_user_who_may_not_create_schemas(poor_user: str, tmp_path: Path) -> None:
+    line = error_line(poor_user, small_lesson(tmp_path))
+    assert "GRANT CREATE ON DATABASE" in line
+    assert "poor_" in line
+
+
+def test_an_error_in_the_schema_ends_the_program(database: str, tmp_path: Path) -> None:
+    line = error_line(database, small_lesson(tmp_path, "\nCREATE TABEL notes ();"))
+    assert line.endswith('07-small/schema.sql, line 2: syntax error at or near "TABEL"')
+
+
+def test_bad_queries_end_the_program(database: str, tmp_path: Path) -> None:
+    lesson = small_lesson(tmp_path)
+    (lesson / "queries.sql").write_text("-- name: get(id)^\nSELECT 1;\n")
+    assert "unused declared parameter in query get" in error_line(database, lesson)
+
+
+def test_a_wrong_password(own_server: EmbeddedPostgres, tmp_path: Path) -> None:
+    with psycopg.connect(own_server.url(), autocommit=True) as conn:
+        conn.execute("CREATE ROLE bob LOGIN PASSWORD 'another'")
+    (own_server.data / "pg_hba.conf").write_text("local all all scram-sha-256")
+    own_server.shut_down()
+    own_server.launch()
+    url = own_server.url().replace("//postgres@", f"//bob:{ENCODED}@")
+    line = error_line(url, small_lesson(tmp_path))
+    assert 'password authentication failed for user "bob"' in line
+
+
+@pytest.mark.parametrize(
+    "url",
+    [f"postgresql://bob:{ENCODED}@h/d", f"postgresql://h/d?password={ENCODED}"],
+)
+def test_a_password_in_a_message_is_masked(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", url)
+    assert without_password(f"not {PASSWORD}, not {ENCODED}") == "not ***, not ***"
