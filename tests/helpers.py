@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import sys
 import time
 from asyncio.subprocess import Process
@@ -90,12 +91,29 @@ async def finished(pool: Pool, id: int) -> dict[str, Any]:
     return await wait_for_status(pool, id, "COMPLETED", "FAILED")
 
 
+def make_worker(lesson: Any, pool: Pool, queries: Any, *functions: Any, **settings: Any) -> Any:
+    """A worker with these functions registered under their own names.
+
+    Settings in upper case are globals of the lesson's worker.py, others are arguments of Worker.
+    """
+    for name, value in settings.items():
+        if name.isupper():
+            setattr(lesson.worker, name, value)
+    arguments = {name: value for name, value in settings.items() if not name.isupper()}
+    worker = lesson.worker.Worker(pool, queries, **arguments)
+    for function in functions:
+        worker.register(function.__name__, function)
+    return worker
+
+
 @asynccontextmanager
 async def working(*workers: Any, queue: str = QUEUE) -> AsyncIterator[asyncio.Task[None]]:
     """Run workers within this block; yields the `start` of the first.
 
     At the end they are cancelled and waited for. What one of them raised by itself is raised here.
     """
+    # Workers that overlap would put back each other's handlers, not those of before.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     starts = [asyncio.create_task(worker.start(queue)) for worker in workers]
     try:
         yield starts[0]
@@ -103,6 +121,8 @@ async def working(*workers: Any, queue: str = QUEUE) -> AsyncIterator[asyncio.Ta
         for start in starts:
             start.cancel()
         await asyncio.wait(starts, timeout=DEADLINE)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         for start in starts:
             assert start.done(), "a worker did not end when it was cancelled"
             with suppress(asyncio.CancelledError):
