@@ -1,0 +1,85 @@
+"""What must be true when all orders are processed: each query returns rows that are wrong."""
+
+CHECKS = {
+    "a task that has not COMPLETED": """
+        SELECT *
+        FROM tasks
+        WHERE status <> 'COMPLETED'
+    """,
+    "an order that is there twice": """
+        SELECT input, array_agg(id) AS ids
+        FROM tasks
+        WHERE task_name = 'process_order'
+        GROUP BY input
+        HAVING count(*) > 1
+    """,
+    "a fault that cost a task a retry": """
+        SELECT *
+        FROM tasks
+        WHERE retry_count <> 0
+    """,
+    "an attempt that was never claimed": """
+        SELECT *
+        FROM tasks
+        WHERE attempt < 1 + lost_count + retry_count
+    """,
+    "an event without child": """
+        SELECT *
+        FROM durable_events
+        WHERE child_task_id NOT IN (SELECT id FROM tasks)
+    """,
+    "a child without event": """
+        SELECT *
+        FROM tasks
+        WHERE task_name <> 'process_order'
+          AND id NOT IN (SELECT child_task_id FROM durable_events)
+    """,
+    "a log with a gap": """
+        SELECT task_id, array_agg(event_id ORDER BY event_id) AS event_ids
+        FROM durable_events
+        GROUP BY task_id
+        HAVING min(event_id) <> 1 OR max(event_id) <> count(*)
+    """,
+    "a log that lacks a step, or has one too many": """
+        SELECT parent.id, parent.task_name,
+               array_agg(child.task_name ORDER BY event_id) AS steps
+        FROM tasks AS parent
+        LEFT JOIN durable_events AS event ON event.task_id = parent.id
+        LEFT JOIN tasks AS child ON child.id = event.child_task_id
+        WHERE parent.is_durable
+        GROUP BY parent.id
+        HAVING array_agg(child.task_name ORDER BY event_id) <> CASE parent.task_name
+            WHEN 'ship' THEN '{hand_over}'
+            ELSE '{charge_payment,send_email,reserve_stock,print_label,ship}'
+        END::TEXT[]
+    """,
+    "a step whose output is another's": """
+        SELECT *
+        FROM tasks
+        WHERE NOT is_durable
+          AND output <> to_jsonb(id)
+    """,
+    "a durable task whose output is not that of its children": """
+        SELECT parent.id, parent.output, jsonb_agg(child.output ORDER BY event_id) AS outputs
+        FROM tasks AS parent
+        JOIN durable_events AS event ON event.task_id = parent.id
+        JOIN tasks AS child ON child.id = event.child_task_id
+        GROUP BY parent.id
+        HAVING parent.output <> jsonb_agg(child.output ORDER BY event_id)
+    """,
+    "a charge without payment, or a payment without charge": """
+        SELECT id, input, payments.*
+        FROM (SELECT * FROM tasks WHERE task_name = 'charge_payment') AS charges
+        FULL JOIN payments ON idempotency_key = id AND order_id = input ->> 'order_id'
+        WHERE id IS NULL OR idempotency_key IS NULL
+    """,
+}
+
+FIGURES = """
+    SELECT count(*) FILTER (WHERE task_name = 'process_order') AS orders,
+           (SELECT count(*) FROM payments) AS charges,
+           count(*) AS tasks,
+           sum(lost_count) AS lost_count,
+           sum(attempt) AS attempts
+    FROM tasks
+"""

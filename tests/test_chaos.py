@@ -1,0 +1,28 @@
+"""Half a minute of chaos. The long form: python tests/chaos/run.py --minutes 20"""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RUN = Path(__file__).parent / "chaos" / "run.py"
+
+
+@pytest.mark.since(7)
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot stop a process")
+def test_no_crash_loses_or_repeats_a_step_of_an_order(lesson: Any) -> None:
+    """The environment variable CHAOS_SEED gives the faults of an earlier run again."""
+    seed = os.environ.get("CHAOS_SEED") or str(random.randrange(1_000_000))
+    command = [sys.executable, RUN, "--seed", seed, "--lesson", lesson.path]
+    # If this test is interrupted, it must not kill the program: that ends its workers.
+    chaos = subprocess.Popen(command, start_new_session=True)
+    try:
+        status = chaos.wait()
+    finally:
+        chaos.terminate()
+        chaos.wait()
+    assert status == 0, f"CHAOS_SEED={seed} gives the same faults again"
