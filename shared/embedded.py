@@ -8,6 +8,7 @@ a space in it. Here the users of a server hold a file lock, which the kernel tak
 import atexit
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 PROGRAMS: Path = utils.POSTGRES_VERSIONS[utils.TARGET_POSTGRES_VERSION]
 MAX_SOCKET_PATH = 103  # bytes: the lowest limit, that of macOS
 START_TIMEOUT = 60  # seconds; recovery after a crash may take a while
+LOG = "data/server.log"
 WAIT = ["-w", "-t", str(START_TIMEOUT)]
 # An unusual locale in the environment would make initdb fail.
 INITDB_OPTIONS = ["--auth=trust", "--encoding=UTF8", "--no-locale"]
@@ -99,7 +101,7 @@ class EmbeddedPostgres:
             shutil.rmtree(leftover, ignore_errors=True)
         self.let_in()
         fresh = self.private_directory(prefix="init-", parent=self.directory)
-        self.execute("initdb", "-D", str(fresh), "-U", "postgres", *INITDB_OPTIONS)
+        self.execute("initdb", "-D", fresh.name, "-U", "postgres", *INITDB_OPTIONS)
         fresh.rename(self.data)
 
     def launch(self) -> None:
@@ -108,24 +110,25 @@ class EmbeddedPostgres:
         if version != str(utils.TARGET_POSTGRES_VERSION):
             raise OSError(f"its data is of Postgres {version}, not {utils.TARGET_POSTGRES_VERSION}")
         self.let_in()
-        # Its process id may be another program's by now, which would keep Postgres from starting.
-        self.pid_file.unlink(missing_ok=True)
+        # The process id in these may be another program's by now, and keep Postgres from starting.
+        for name in ["postmaster.pid", ".s.PGSQL.5432.lock"]:
+            (self.data / name).unlink(missing_ok=True)
         if WINDOWS:
             options = f"-h 127.0.0.1 -p {utils.find_suitable_port()}"
         else:
             options = f"-h '' -p 5432 -k {shlex.quote(str(self.socket_directory()))}"
-        log = self.data / "server.log"
         try:
-            self.execute(
-                "pg_ctl", "start", "-D", str(self.data), "-l", str(log), "-o", options, *WAIT
-            )
+            # Not the full paths, which pg_ctl would hand to a shell.
+            self.execute("pg_ctl", "start", "-D", "data", "-l", LOG, "-o", options, *WAIT)
         except OSError:
-            raise OSError(f"see the end of {log}") from None
+            log = (self.directory / LOG).read_text(errors="replace")
+            reasons = re.findall("(?:FATAL|PANIC): +(.*)", log) or [f"see {LOG} in it"]
+            raise OSError(reasons[-1]) from None
 
     def shut_down(self) -> None:
         """Stop the running server, whoever uses it."""
         socket_directory = Path(self.pid_file_lines()[4])
-        self.execute("pg_ctl", "stop", "-D", str(self.data), "-m", "fast", *WAIT)
+        self.execute("pg_ctl", "stop", "-D", "data", "-m", "fast", *WAIT)
         if socket_directory.name.startswith(SOCKET_PREFIX):
             shutil.rmtree(socket_directory, ignore_errors=True)
 

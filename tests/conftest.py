@@ -13,6 +13,7 @@ learner's copy. (The option itself is in shared/pytest_plugin.py.)
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from functools import cache
@@ -130,10 +131,31 @@ def queries(lesson: Lesson) -> Queries:
     return load_queries(lesson.path)
 
 
+@pytest.fixture(scope="session")
+def prepared_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of an embedded Postgres that does not run; for copying, which is quicker."""
+    server = EmbeddedPostgres(tmp_path_factory.mktemp("prepared") / "postgres")
+    server.start()
+    server.stop()
+    return server.directory
+
+
 @pytest.fixture
-def own_server(tmp_path: Path) -> Iterator[EmbeddedPostgres]:
-    """A server that a test may stop and start as it likes."""
-    server = EmbeddedPostgres(tmp_path / "postgres")
+def directory(prepared_directory: Path, tmp_path: Path) -> Iterator[Path]:
+    """A directory with an embedded Postgres, which is shut down at the end if it runs."""
+    directory = tmp_path / "postgres"
+    # With its owner, which is not the one of the test if that is root.
+    subprocess.run(["cp", "-a", prepared_directory, directory], check=True)
+    yield directory
+    server = EmbeddedPostgres(directory)
+    if server.is_running():
+        server.shut_down()
+
+
+@pytest.fixture
+def own_server(directory: Path) -> Iterator[EmbeddedPostgres]:
+    """A running server that a test may stop and start as it likes."""
+    server = EmbeddedPostgres(directory)
     server.start()
     yield server
     server.stop()

@@ -36,7 +36,7 @@ def small_lesson(directory: Path, schema: str = "CREATE TABLE notes (note TEXT);
 
 
 def start_program(
-    code: str, *arguments: str | Path, user: int | None = None, database_url: str | None = None
+    code: str, *arguments: str | Path, database_url: str | None = None
 ) -> subprocess.Popen[str]:
     """Start a Python program that has imported all of `shared`, and asyncio and sys."""
     program = f"import asyncio, sys\nfrom shared import *\n{textwrap.dedent(code)}"
@@ -46,7 +46,6 @@ def start_program(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        user=user,
     )
 
 

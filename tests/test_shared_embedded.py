@@ -1,0 +1,271 @@
+"""The embedded Postgres: started by the first user, stopped by the last, in spite of crashes."""
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import psycopg
+import pytest
+
+from helpers import wait_for
+from programs import outcome, start_program
+from shared import EmbeddedPostgres
+
+USER = """
+import os, psycopg
+from pathlib import Path
+
+if len(sys.argv) > 2:
+    # Only now, since the interpreter may be where that user may not go.
+    os.setgroups([])
+    os.setuid(int(sys.argv[2]))
+url = EmbeddedPostgres(Path(sys.argv[1])).start()
+psycopg.connect(url).close()
+print(url, flush=True)
+sys.stdin.read()
+"""
+
+
+class User:
+    """A program that uses the server in a directory until it is told to end."""
+
+    def __init__(self, directory: Path, user: int = 0) -> None:
+        self.process = start_program(USER, directory, *([str(user)] if user else []))
+        assert self.process.stdout
+        self.url = self.process.stdout.readline().strip()
+        assert self.url, self.process.communicate()
+
+    def end(self) -> str:
+        """Let it end by itself; return what it wrote to stderr."""
+        end = outcome(self.process)
+        assert end.status == 0
+        return end.stderr
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def make_table(url: str) -> None:
+    with psycopg.connect(url) as conn:
+        conn.execute("CREATE TABLE kept ()")
+
+
+def has_table(url: str) -> bool:
+    with psycopg.connect(url) as conn:
+        row = conn.execute("SELECT to_regclass('kept') IS NOT NULL").fetchone()
+    assert row
+    return bool(row[0])
+
+
+def test_the_data_is_kept_and_the_server_is_not(directory: Path) -> None:
+    server = EmbeddedPostgres(directory)
+    make_table(server.start())
+    server.stop()
+    assert not server.is_running()
+    assert has_table(server.start())
+    server.stop()
+
+
+def test_a_program_leaves_no_server_and_says_nothing(directory: Path) -> None:
+    for _ in range(2):
+        assert User(directory).end() == ""
+        assert not EmbeddedPostgres(directory).is_running()
+
+
+def test_the_last_user_stops_it(directory: Path) -> None:
+    first = User(directory)
+    second = User(directory)
+    assert first.url == second.url
+    first.end()
+    psycopg.connect(second.url).close()
+    second.end()
+    assert not EmbeddedPostgres(directory).is_running()
+
+
+def test_users_that_come_at_once_create_one_server(tmp_path: Path) -> None:
+    programs = [start_program(USER, tmp_path / "new") for _ in range(3)]
+    ends = [outcome(program) for program in programs]
+    assert [end.status for end in ends] == [0, 0, 0], ends
+
+
+def test_the_user_after_a_killed_one_cleans_up(directory: Path) -> None:
+    User(directory).kill()
+    server = EmbeddedPostgres(directory)
+    assert server.is_running()
+    User(directory).end()
+    assert not server.is_running()
+
+
+def test_a_killed_user_does_not_stop_it_for_others(directory: Path) -> None:
+    killed, other = User(directory), User(directory)
+    killed.kill()
+    psycopg.connect(other.url).close()
+    other.end()
+    assert not EmbeddedPostgres(directory).is_running()
+
+
+async def test_it_recovers_from_a_crash_of_the_server(directory: Path) -> None:
+    server = EmbeddedPostgres(directory)
+    make_table(server.start())
+    process = psutil.Process(int(server.pid_file_lines()[0]))
+    processes = [process, *process.children()]
+    for process in processes:
+        process.kill()
+    # They may remain as zombies, where nobody waits for orphans.
+    await wait_for(
+        lambda: all(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in processes),
+        "all processes of the server are gone",
+    )
+    assert has_table(server.start())
+    server.stop()
+
+
+@pytest.mark.parametrize("content", ["{pid}\n/elsewhere\n0\n5432\n/x\n\n1 2\nready\n", "", "x"])
+def test_a_stale_pid_file_does_not_matter(content: str, directory: Path) -> None:
+    server = EmbeddedPostgres(directory)
+    make_table(server.start())
+    server.stop()
+    # As root: of a process of the server's user, which Postgres would take for another server.
+    account = {"user": server.account()["user"]} if server.account() else {}
+    with subprocess.Popen(["sleep", "60"], **account) as other:
+        server.pid_file.write_text(content.format(pid=other.pid))
+        assert not server.is_running()
+        assert has_table(server.start())
+        server.stop()
+        assert other.poll() is None
+        other.kill()
+
+
+@pytest.mark.parametrize("name", ["x" * 120, "it's 100% $HOME"])
+def test_any_path_will_do(name: str, directory: Path) -> None:
+    server = EmbeddedPostgres(directory.rename(directory.with_name(name)))
+    url = server.start()
+    psycopg.connect(url).close()
+    socket_directory = Path(server.pid_file_lines()[4])
+    assert socket_directory.stat().st_mode & 0o077 == 0  # private
+    server.stop()
+    assert socket_directory.exists() == (socket_directory == server.data)
+
+
+def test_an_interrupted_creation_is_begun_anew(tmp_path: Path) -> None:
+    directory = tmp_path / "it's new"
+    program = start_program(USER, directory)
+    while not list(directory.glob("init-*/*")):
+        assert program.poll() is None
+    program.kill()
+    program.communicate()
+    (directory / "data").mkdir(exist_ok=True)
+    User(directory).end()
+    assert list(directory.glob("init-*")) == []
+
+
+def test_a_copied_directory_is_another_server(directory: Path, tmp_path: Path) -> None:
+    server = EmbeddedPostgres(directory)
+    url = server.start()
+    make_table(url)
+    # A copy of a running server's files, its pid file among them.
+    subprocess.run(["cp", "-a", directory, tmp_path / "copy"], check=True)
+    copy = EmbeddedPostgres(tmp_path / "copy")
+    copy_url = copy.start()
+    assert copy_url != url
+    assert has_table(copy_url)
+    copy.stop()
+    assert has_table(url)
+    server.stop()
+
+
+def test_unusable_data_is_one_clear_line(directory: Path) -> None:
+    server = EmbeddedPostgres(directory)
+    (server.data / "global" / "pg_control").unlink()
+    end = outcome(start_program(USER, directory))
+    line = end.sole_error_line()
+    assert str(directory) in line
+    assert "delete" in line
+
+
+def test_data_of_another_version_is_one_clear_line(directory: Path) -> None:
+    (directory / "data" / "PG_VERSION").write_text("9\n")
+    assert "Postgres 9" in outcome(start_program(USER, directory)).sole_error_line()
+
+
+def test_a_signal_to_the_group_does_not_stop_it_early(directory: Path) -> None:
+    # As Ctrl-C in a terminal does: the signal reaches the program and all that it has started.
+    with subprocess.Popen(
+        [sys.executable, "-c", SLEEPER, directory],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGINT)
+        stdout, stderr = process.communicate()
+    assert (stdout, stderr) == ("still there\n", "")
+    assert not EmbeddedPostgres(directory).is_running()
+
+
+SLEEPER = """
+import asyncio, sys, psycopg
+from pathlib import Path
+from shared import EmbeddedPostgres, run
+
+async def main():
+    url = EmbeddedPostgres(Path(sys.argv[1])).start()
+    try:
+        print("ready", flush=True)
+        await asyncio.sleep(60)
+    finally:
+        psycopg.connect(url).close()
+        print("still there", flush=True)
+
+run(main())
+"""
+
+
+@pytest.fixture
+def ordinary_user() -> int:
+    """The id of a user who is not root; if the tests run as root, another than their own."""
+    if os.geteuid() != 0:
+        return os.geteuid()
+    import pwd
+
+    return pwd.getpwnam("nobody").pw_uid
+
+
+@pytest.fixture
+def open_directory(ordinary_user: int) -> Iterator[Path]:
+    """A new directory of that user's, in a place where he may go."""
+    directory = Path(tempfile.mkdtemp())
+    os.chown(directory, ordinary_user, -1)
+    yield directory / "postgres"
+    shutil.rmtree(directory)
+
+
+def test_root_and_an_ordinary_user(
+    ordinary_user: int, open_directory: Path, directory: Path
+) -> None:
+    # Each with a server of his own, and the same temporary directory.
+    mine, his = User(directory), User(open_directory, user=ordinary_user)
+    assert his.end() == mine.end() == ""
+    # And root on that of the other.
+    User(open_directory).end()
+    User(open_directory, user=ordinary_user).end()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make what others may not enter")
+def test_the_directory_of_another_user_is_one_clear_line(
+    ordinary_user: int, directory: Path, tmp_path: Path
+) -> None:
+    for parent in [tmp_path, *tmp_path.parents]:
+        parent.chmod(parent.stat().st_mode | stat.S_IXOTH)
+    program = start_program(USER, directory, str(ordinary_user))
+    assert "delete" in outcome(program).sole_error_line()
