@@ -53,19 +53,21 @@ CHECKS = {
             ELSE '{charge_payment,send_email,reserve_stock,print_label,ship}'
         END::TEXT[]
     """,
-    "a step whose output is another's": """
+    "a step whose output is that of another task, or of an attempt that had lost it": """
         SELECT *
         FROM tasks
         WHERE NOT is_durable
-          AND output <> to_jsonb(id)
+          AND output <> jsonb_build_array(attempt, id)
     """,
-    "a durable task whose output is not that of its children": """
-        SELECT parent.id, parent.output, jsonb_agg(child.output ORDER BY event_id) AS outputs
+    "a durable task whose output is not that of its last attempt and its children": """
+        SELECT parent.id, parent.attempt, parent.output,
+               jsonb_agg(child.output ORDER BY event_id) AS outputs
         FROM tasks AS parent
         JOIN durable_events AS event ON event.task_id = parent.id
         JOIN tasks AS child ON child.id = event.child_task_id
         GROUP BY parent.id
-        HAVING parent.output <> jsonb_agg(child.output ORDER BY event_id)
+        HAVING parent.output <>
+            jsonb_build_array(parent.attempt) || jsonb_agg(child.output ORDER BY event_id)
     """,
     "a charge without payment, or a payment without charge": """
         SELECT id, input, payments.*

@@ -16,23 +16,23 @@ SLOWEST_STEP = 0.3  # seconds; time for a fault to come between an effect and it
 
 
 async def process_order(context: Any, input: Any) -> Any:
-    """The durable task. It returns what its children returned, in the order of its log."""
+    """The durable task. It returns its attempt, and what its children have returned."""
     charge = await context.run_task("charge_payment", input)
     email = await context.run_task("send_email", input)
     stock, label = await asyncio.gather(
         context.run_task("reserve_stock", input), context.run_task("print_label", input)
     )
     parcel = await context.run_task("ship", input, is_durable=True)
-    return [charge, email, stock, label, parcel]
+    return [context.attempt, charge, email, stock, label, parcel]
 
 
 async def ship(context: Any, input: Any) -> Any:
     """A durable step."""
-    return [await context.run_task("hand_over", input)]
+    return [context.attempt, await context.run_task("hand_over", input)]
 
 
 class Shop:
-    """The plain steps. Each returns the id of its task, so that a mixed-up result is seen."""
+    """The plain steps. Each returns attempt and id of its task, as a signature."""
 
     def __init__(self, pool: Any, queries: Any, current_task: Any) -> None:
         self.pool = pool
@@ -41,7 +41,8 @@ class Shop:
 
     async def step(self, input: Any) -> Any:
         await asyncio.sleep(random.uniform(0, SLOWEST_STEP))
-        return self.current_task.get().id
+        task = self.current_task.get()
+        return [task.attempt, task.id]
 
     async def charge_payment(self, input: Any) -> Any:
         key = self.current_task.get().id
