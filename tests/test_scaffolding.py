@@ -1,6 +1,16 @@
 """The tests' own scaffolding."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lesson_loader import Lesson, load_modules
 from server import choose_server
+
+TESTS = Path(__file__).parent
 
 
 def test_a_given_server_comes_first() -> None:
@@ -15,3 +25,90 @@ def test_docker_comes_before_the_embedded_server() -> None:
 
 def test_without_docker_the_server_is_embedded() -> None:
     assert choose_server({"TEST_DATABASE_URL": ""}, lambda: False) == "embedded"
+
+
+def make_lesson(parent: Path, name: str) -> Path:
+    path = parent / name
+    path.mkdir()
+    (path / "models.py").write_text(f"NAME = {name!r}\n")
+    (path / "worker.py").write_text("from models import NAME\n")
+    return path
+
+
+def test_each_lesson_has_modules_of_its_own(tmp_path: Path) -> None:
+    before = list(sys.path), set(sys.modules)
+    four, five = [Lesson(make_lesson(tmp_path, name)) for name in ("04-x", "05-x")]
+    assert (four.number, four.worker.NAME) == (4, "04-x")
+    assert (five.number, five.worker.NAME) == (5, "05-x")
+    assert (list(sys.path), set(sys.modules)) == before
+    with pytest.raises(AttributeError, match=r"04-x has no event_log\.py"):
+        _ = four.event_log
+
+
+def test_a_lesson_may_be_loaded_again(tmp_path: Path) -> None:
+    path = make_lesson(tmp_path, "04-x")
+    load_modules(path)["models"].NAME = "changed"  # type: ignore[attr-defined]
+    assert load_modules(path)["worker"].NAME == "04-x"
+
+
+SAMPLE = """
+import pytest
+
+@pytest.mark.since(4)
+@pytest.mark.flaw(3, reason="named in its README")
+def test_holds(lesson):
+    assert lesson.number >= 4
+
+@pytest.mark.flaw(3, reason="never")
+@pytest.mark.since(4)
+def test_has_no_flaw(lesson):
+    pass
+
+@pytest.mark.since(5)
+def test_comes_later(lesson):
+    pass
+
+def test_of_something_else():
+    pass
+"""
+
+
+def run_sample(directory: Path, *lessons: Path) -> dict[str, str]:
+    """Run the sample tests on these lessons; return the outcome of each."""
+    (directory / "test_sample.py").write_text(SAMPLE)
+    arguments = [f"--lesson={path}" for path in lessons]
+    config = TESTS.parent / "pyproject.toml"
+    end = subprocess.run(
+        [sys.executable, "-m", "pytest", "-rA", "-p", "conftest", "-c", config, *arguments, "."],
+        cwd=directory,
+        env=os.environ | {"PYTHONPATH": str(TESTS), "PYTEST_ADDOPTS": "-p no:cacheprovider"},
+        capture_output=True,
+        text=True,
+    )
+    summary = end.stdout.partition("short test summary info")[2]
+    lines = [line.split() for line in summary.splitlines() if "::" in line]
+    return {words[1].partition("::")[2]: words[0] for words in lines}
+
+
+def test_which_tests_run_on_a_lesson(tmp_path: Path) -> None:
+    paths = [make_lesson(tmp_path, name) for name in ("02-a", "03-b", "04-c")]
+    # Of what does not hold for a lesson nothing is to be seen, not even as skipped.
+    assert run_sample(tmp_path, *paths) == {
+        "test_holds[03-b]": "XFAIL",
+        "test_holds[04-c]": "PASSED",
+        "test_has_no_flaw[03-b]": "FAILED",
+        "test_has_no_flaw[04-c]": "PASSED",
+    }
+
+
+@pytest.mark.parametrize("name", ["04-nowhere", "my-copy"])
+def test_a_directory_that_is_no_lesson(name: str, tmp_path: Path) -> None:
+    make_lesson(tmp_path, "my-copy")
+    end = subprocess.run(
+        [sys.executable, "-m", "pytest", "--lesson", tmp_path / name],
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert end.returncode == pytest.ExitCode.USAGE_ERROR
+    assert end.stderr.startswith("ERROR: --lesson")
