@@ -95,8 +95,6 @@ class EmbeddedPostgres:
     def create(self) -> None:
         """Create the data directory. It gets its name when it is complete, or never."""
         logger.info("creating an embedded Postgres in %s, this once", self.directory)
-        if self.account():
-            logger.info("as root: it runs as the user pgserver, who may now enter that directory")
         for leftover in [self.data, *self.directory.glob("init-*")]:
             shutil.rmtree(leftover, ignore_errors=True)
         self.let_in()
@@ -198,9 +196,13 @@ class EmbeddedPostgres:
         """As root, let the server's user reach the data and the programs."""
         if not self.account():
             return
-        for parent in [*self.data.parents, *PROGRAMS.parents]:
-            if not parent.stat().st_mode & stat.S_IXOTH:
-                parent.chmod(parent.stat().st_mode | stat.S_IXOTH)
+        parents = [*self.data.parents, *PROGRAMS.parents]
+        closed = {path for path in parents if not path.stat().st_mode & stat.S_IXOTH}
+        for path in closed:
+            path.chmod(path.stat().st_mode | stat.S_IXOTH)
+        if closed:
+            names = ", ".join(sorted(map(str, closed)))
+            logger.info("as root: others may now pass through %s, to reach the database", names)
         utils.ensure_folder_permissions(PROGRAMS.parent, stat.S_IRGRP | stat.S_IROTH)
         utils.ensure_folder_permissions(PROGRAMS, stat.S_IXGRP | stat.S_IXOTH)
 
