@@ -119,8 +119,10 @@ async def working(*workers: Any, queue: str = QUEUE) -> AsyncIterator[asyncio.Ta
         yield starts[0]
     finally:
         for start in starts:
-            start.cancel()
-        await asyncio.wait(starts, timeout=DEADLINE)
+            # Again after a while: Python 3.11 may lose a cancellation, see test_shutdown.py.
+            for seconds in (5, DEADLINE):
+                start.cancel()
+                await asyncio.wait({start}, timeout=seconds)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for start in starts:
