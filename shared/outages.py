@@ -29,6 +29,8 @@ def is_away(error: BaseException) -> bool:
     """
     if isinstance(error, PoolClosed):
         return False
+    if isinstance(error, psycopg.errors.IdleInTransactionSessionTimeout):
+        return True  # an InternalError to psycopg, but no more than a lost connection
     if not isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
         return False
     return not (error.sqlstate or "").startswith("54")

@@ -135,9 +135,9 @@ def error_text(error: BaseException) -> str:
 
 def describe(error: BaseException) -> str:
     """`TypeName: message` of one exception, of which little more than can be kept."""
-    name = type(error).__name__
+    name = type.__getattribute__(type(error), "__name__")
     try:
-        message = f"{error!s}"
+        message = "".join(str(error))
     except BaseException:
         # Its __str__ is the user's code and may raise anything at all.
         message = "(its message could not be read)"

@@ -100,7 +100,7 @@ async def kill_a_worker(pool: Pool, queries: Queries) -> None:
     async def is_running() -> bool:
         async with pool.connection() as conn:
             rows = [row async for row in queries.get_tasks(conn, queue=QUEUE)]
-        return rows[0]["status"] == "RUNNING"
+        return Task(**rows[0]).status == "RUNNING"
 
     process = start_process(QUEUE)
     try:

@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 from contextlib import suppress
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -61,7 +62,7 @@ class Worker:
         self._wake = asyncio.Event()  # set when there is a reason to poll at once
         self._stopping = False
         self._giving_up: asyncio.Future[None]  # done when running tasks must not go on
-        self._registered = asyncio.Event()  # set by the first heartbeat
+        self._registered = asyncio.Event()  # set by the first heartbeat, or to stop
         self._beats_in_touch = 0  # heartbeats in a row that came in time
 
     def register(self, task_name: str, function: TaskFunction) -> None:
@@ -94,7 +95,9 @@ class Worker:
                         await self._wait_for_running(SHUTDOWN_GRACE)
                     finally:
                         self._giving_up.set_result(None)
-                        await self._wait_for_running(None)
+                        await self._wait_for_running(2 * SHUTDOWN_GRACE)
+                        for run in self._running:
+                            run.cancel()  # the database is away, their outcomes cannot be written
                         # Only now: a worker without heartbeat loses the tasks it still runs.
                         heartbeat.cancel()
             finally:
@@ -104,8 +107,9 @@ class Worker:
         """Claim no more tasks; `start` returns when the running ones have ended."""
         self._stopping = True
         self._wake.set()
+        self._registered.set()
 
-    async def _wait_for_running(self, seconds: float | None) -> None:
+    async def _wait_for_running(self, seconds: float) -> None:
         if self._running:
             await asyncio.wait(self._running, timeout=seconds)
 
@@ -172,10 +176,12 @@ class Worker:
         timeout = None if task.timeout is None else task.timeout.total_seconds()
         call = asyncio.create_task(self._call(task))
         ends: list[asyncio.Future[Any]] = [call, self._giving_up]
-        await asyncio.wait(ends, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if not call.done():
+        try:
+            await asyncio.wait(ends, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            interrupted = call.cancel()  # False if it has ended
+        if interrupted:
             timed_out = not self._giving_up.done()
-            call.cancel()
             await asyncio.wait({call}, timeout=SHUTDOWN_GRACE)
             if timed_out:
                 await self._fail(task, TimeoutError(f"timed out after {task.timeout}"))
@@ -271,24 +277,31 @@ class Worker:
         # After an outage everybody's heartbeat is old: let the others beat before judging them.
         self._beats_in_touch = 0 if beat["was_out_of_touch"] else self._beats_in_touch + 1
         if self._beats_in_touch * HEARTBEAT_INTERVAL >= INACTIVE_AFTER:
-            await self._take_from_inactive_workers(conn)
+            await self._take_from_inactive_workers(conn, beat["last_heartbeat_at"])
         async for row in self.queries.expire_tasks(conn):
             self._log(Task(**row), f"FAILED, {row['output']['error']}")
 
-    async def _take_from_inactive_workers(self, conn: Connection) -> None:
+    async def _take_from_inactive_workers(self, conn: Connection, our_beat: datetime) -> None:
+        """Others are judged by our own last heartbeat: if that was held up, so were theirs."""
+        active_since = our_beat - timedelta(seconds=INACTIVE_AFTER)
         rows = self.queries.requeue_lost_tasks(
-            conn, inactive_after=INACTIVE_AFTER, max_lost_workers=MAX_LOST_WORKERS
+            conn, active_since=active_since, max_lost_workers=MAX_LOST_WORKERS
         )
         async for row in rows:
             self._log(Task(**row), f"{row['status']}, its worker is inactive")
-        await self.queries.delete_inactive_workers(conn, inactive_after=INACTIVE_AFTER)
+        await self.queries.delete_inactive_workers(conn, active_since=active_since)
 
     async def _leave(self) -> None:
         """Put back what is left and say goodbye: nobody must wait for our heartbeat to grow old."""
-        with surviving_outage(f"worker {self.display_name}: cannot say goodbye"):
+
+        async def leave() -> None:
             await self._put_back([], "its worker shuts down")
             async with self.pool.connection() as conn:
                 await self.queries.delete_worker(conn, id=self.id)
+
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SHUTDOWN_GRACE):
+                await keep_trying(leave)
 
     def _log(self, task: Task, what: str) -> None:
         log.info(

@@ -118,11 +118,11 @@ RETURNING NOT EXISTS (
     SELECT
     FROM previous
     WHERE last_heartbeat_at > now() - make_interval(secs => :max_silence)
-) AS was_out_of_touch;
+) AS was_out_of_touch, last_heartbeat_at;
 
--- name: requeue_lost_tasks(inactive_after, max_lost_workers)
--- Take the running tasks of inactive workers away from them. The active workers are listed first,
--- once: a row that was claimed anew while we looked is then checked against the same list.
+-- name: requeue_lost_tasks(active_since, max_lost_workers)
+-- Take the running tasks of inactive workers away from them. The active workers are listed once:
+-- a row that one of them claims while we wait for it is checked against that list again.
 WITH lost AS (
     SELECT id, lost_count + 1 >= :max_lost_workers AS is_given_up
     FROM tasks
@@ -130,7 +130,7 @@ WITH lost AS (
       AND (worker_id = ANY (ARRAY(
           SELECT id
           FROM workers
-          WHERE last_heartbeat_at > now() - make_interval(secs => :inactive_after)
+          WHERE last_heartbeat_at > :active_since
       ))) IS NOT TRUE
     ORDER BY id
     FOR UPDATE SKIP LOCKED
@@ -147,12 +147,12 @@ FROM lost
 WHERE tasks.id = lost.id
 RETURNING tasks.*;
 
--- name: delete_inactive_workers(inactive_after)!
+-- name: delete_inactive_workers(active_since)!
 DELETE FROM workers
 WHERE id IN (
     SELECT id
     FROM workers
-    WHERE last_heartbeat_at <= now() - make_interval(secs => :inactive_after)
+    WHERE last_heartbeat_at <= :active_since
     FOR UPDATE SKIP LOCKED
 );
 

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Coroutine
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from errors import ChildTaskError, NonDeterminismError
 from event_log import EventLog
@@ -30,10 +31,9 @@ class DurableContext:
         self.non_determinism: NonDeterminismError | None = None
         self._task = task
         self._worker = worker
-        self._event_log = EventLog(worker.queries)
         self._last_event_id = 0
         self._appending = asyncio.Lock()
-        self._steps: set[asyncio.Task[Any]] = set()
+        self._callers: WeakSet[asyncio.Task[Any]] = WeakSet()
         self._ended = False
 
     def run_task(
@@ -54,98 +54,84 @@ class DurableContext:
         RuntimeError if the function has returned already.
         """
         self._last_event_id += 1
-        child = {
+        options = {
             "task_name": task_name,
             "max_retries": max_retries,
             "timeout": timeout,
             "is_durable": is_durable,
         }
-        return self._run_child(self._last_event_id, input, child)
+        return self._run_child(self._last_event_id, input, options)
 
-    async def _run_child(self, event_id: int, input: Any, child: dict[str, Any]) -> Any:
+    async def _run_child(self, event_id: int, input: Any, options: dict[str, Any]) -> Any:
         """Start the child of this event, unless it has been started before, and wait for it."""
         if self._ended:
             raise RuntimeError(f"run_task: attempt {self.attempt} of task {self.task_id} is over")
         if self.non_determinism is not None:
             raise self.non_determinism
-        step = asyncio.current_task()
-        assert step is not None
-        self._steps.add(step)
+        caller = asyncio.current_task()
+        assert caller is not None
+        self._callers.add(caller)
         try:
             # One at a time: they lock the same row, and would hold connections while they wait.
             async with self._appending:
-                child_id, row = await keep_trying(lambda: self._start_child(event_id, input, child))
-            if row is None:
-                row = await self._worker.wait_for_child(self._task, child_id, child["is_durable"])
+                child = await keep_trying(lambda: self._start_child(event_id, input, options))
         except NonDeterminismError as error:
             self.non_determinism = error
             raise
-        finally:
-            self._steps.discard(step)
-        return _output_of(row)
+        if child.finished_at is None:
+            child = await self._worker.wait_for_child(self._task, child)
+        if isinstance(child.output, UnreadableJson):
+            raise ValueError(f"cannot read the output of task {child.id}: {child.output.reason}")
+        if child.status == "FAILED":
+            raise ChildTaskError(child.id, child.task_name, child.output["error"])
+        return child.output
 
-    async def _start_child(
-        self, event_id: int, input: Any, child: dict[str, Any]
-    ) -> tuple[int, dict[str, Any] | None]:
-        """In one transaction: the event and its child. Returns the child's id, and its row if it
-        has finished already.
-        """
+    async def _start_child(self, event_id: int, input: Any, options: dict[str, Any]) -> Task:
+        """In one transaction, the event and its child; returns the child as it is now."""
         queries, task = self._worker.queries, self._task
+        created: Task | None = None
         async with self._worker.pool.connection() as conn, conn.transaction():
 
             async def create_child() -> int:
-                created = await queries.create_task(
+                nonlocal created
+                row = await queries.create_task(
                     conn,
                     queue=task.queue,
                     input=Jsonb(input),
                     schedule_timeout=None,
                     priority=task.priority,
-                    **child,
+                    **options,
                 )
-                return int(created["id"])
+                created = Task(**row)
+                return created.id
 
-            event, already_recorded = await self._event_log.append(
-                conn, task, event_id, "TASK_STARTED", child["task_name"], input, create_child
+            event, _ = await EventLog(queries).append(
+                conn, task, event_id, "TASK_STARTED", options["task_name"], input, create_child
             )
-            child_id = event.child_task_id
-            if not already_recorded:
-                return child_id, None
-            finished = [row async for row in queries.get_finished_tasks(conn, ids=[child_id])]
-            return child_id, finished[0] if finished else None
+            return created or Task(**await queries.get_task(conn, id=event.child_task_id))
 
     async def check_log_is_used_up(self) -> None:
         """Raise NonDeterminismError if earlier attempts did more than this one, which is done."""
         if self.attempt == 1:
             return  # there was nobody before us
 
-        async def count() -> int:
+        async def read_log() -> list[Any]:
             async with self._worker.pool.connection() as conn:
-                row = await self._worker.queries.count_events(conn, task_id=self.task_id)
-                return int(row["events"])
+                events = self._worker.queries.get_events(conn, task_id=self.task_id)
+                return [event async for event in events]
 
-        events = await keep_trying(count)
-        if self._last_event_id < events:
+        recorded = max((event["event_id"] for event in await keep_trying(read_log)), default=0)
+        if self._last_event_id < recorded:
             raise NonDeterminismError(
-                f"task {self.task_id}, event {self._last_event_id + 1}: recorded are {events} "
-                f"events, but the function returned after {self._last_event_id}"
+                f"task {self.task_id}, event {self._last_event_id + 1}: recorded are events up to "
+                f"{recorded}, asked for is nothing: the function returned"
             )
 
     def end(self) -> set[asyncio.Task[Any]]:
-        """Refuse further steps and cancel those left behind, which are returned."""
+        """Refuse further steps; cancel and return the asyncio tasks that were left behind."""
         self._ended = True
-        for step in self._steps:
-            step.cancel()
-        return self._steps
-
-
-def _output_of(row: dict[str, Any]) -> Any:
-    """The output of a finished child; raises ChildTaskError if it failed."""
-    output = row["output"]
-    if isinstance(output, UnreadableJson):
-        raise ValueError(f"cannot read the output of task {row['id']}: {output.reason}")
-    if row["status"] == "FAILED":
-        raise ChildTaskError(row["id"], row["task_name"], output["error"])
-    return output
+        others = set(self._callers) - {asyncio.current_task()}
+        return {caller for caller in others if caller.cancel()}
 
 
 async def retry_task(pool: Pool, queries: Queries, id: int) -> None:

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 from contextlib import suppress
 from contextvars import ContextVar
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -74,10 +75,10 @@ class Worker:
         self._wake = asyncio.Event()  # set when there is a reason to poll at once
         self._stopping = False
         self._giving_up: dict[bool, asyncio.Future[None]]  # done when running tasks must not go on
-        self._registered = asyncio.Event()  # set by the first heartbeat
+        self._registered = asyncio.Event()  # set by the first heartbeat, or to stop
         self._beats_in_touch = 0  # heartbeats in a row that came in time
-        self._children: dict[int, asyncio.Future[dict[str, Any]]] = {}  # waited for, by their ids
-        self._parked: set[tuple[int, int, int]] = set()  # (id, attempt, durable child waited for)
+        # Who waits for whom: the parent and the child, as it was when the wait began.
+        self._waits: dict[asyncio.Future[Task], tuple[Task, Task]] = {}
 
     def register(self, task_name: str, function: TaskFunction) -> None:
         """Let this function run the tasks called `task_name`; input and output are JSON values.
@@ -109,12 +110,15 @@ class Worker:
                     watcher = group.create_task(self._watch_children())
                     try:
                         await self._poll(queue, group)
-                        self._give_up(True)
+                        self._giving_up[True].set_result(None)
                         await self._wait_for_running(SHUTDOWN_GRACE)
                     finally:
-                        self._give_up(True)
-                        self._give_up(False)
-                        await self._wait_for_running(None)
+                        for giving_up in self._giving_up.values():
+                            if not giving_up.done():
+                                giving_up.set_result(None)
+                        await self._wait_for_running(2 * SHUTDOWN_GRACE)
+                        for run in self._running:
+                            run.cancel()  # the database is away, their outcomes cannot be written
                         # Only now: a worker without heartbeat loses the tasks it still runs.
                         heartbeat.cancel()
                         watcher.cancel()
@@ -125,13 +129,9 @@ class Worker:
         """Claim no more tasks; `start` returns when the running ones have ended."""
         self._stopping = True
         self._wake.set()
+        self._registered.set()
 
-    def _give_up(self, is_durable: bool) -> None:
-        """Cancel the running tasks of this kind, which are put back at the end."""
-        if not self._giving_up[is_durable].done():
-            self._giving_up[is_durable].set_result(None)
-
-    async def _wait_for_running(self, seconds: float | None) -> None:
+    async def _wait_for_running(self, seconds: float) -> None:
         if self._running:
             await asyncio.wait(self._running, timeout=seconds)
 
@@ -178,7 +178,7 @@ class Worker:
 
     def _free_slots(self, is_durable: bool) -> int:
         """A task that waits for a durable child has given its slot back, or they might all wait."""
-        parked = {(id, attempt) for id, attempt, _ in self._parked}
+        parked = {(p.id, p.attempt) for p, child in self._waits.values() if child.is_durable}
         busy = [
             task
             for task in self._running.values()
@@ -209,10 +209,12 @@ class Worker:
         call = asyncio.create_task(self._call(task))
         giving_up = self._giving_up[task.is_durable]
         ends: list[asyncio.Future[Any]] = [call, giving_up]
-        await asyncio.wait(ends, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if not call.done():
+        try:
+            await asyncio.wait(ends, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            interrupted = call.cancel()  # False if it has ended
+        if interrupted:
             timed_out = not giving_up.done()
-            call.cancel()
             await asyncio.wait({call}, timeout=SHUTDOWN_GRACE)
             if timed_out:
                 await self._fail(task, TimeoutError(f"timed out after {task.timeout}"))
@@ -249,9 +251,8 @@ class Worker:
             await context.check_log_is_used_up()
             return output
         finally:
-            steps = context.end()
-            if steps:
-                await asyncio.wait(steps, timeout=SHUTDOWN_GRACE)
+            if left_behind := context.end():
+                await asyncio.wait(left_behind, timeout=SHUTDOWN_GRACE)
             if context.non_determinism is not None:  # even if the function has caught it
                 raise context.non_determinism
 
@@ -292,7 +293,7 @@ class Worker:
             self._log(task, "is not ours any more, its outcome is dropped")
             return
         if row["status"] != "QUEUED":
-            self._child_finished(row)
+            self._task_finished(row)
         if query is self.queries.complete_task:
             self._log(task, "COMPLETED")
         else:
@@ -332,56 +333,60 @@ class Worker:
         # After an outage everybody's heartbeat is old: let the others beat before judging them.
         self._beats_in_touch = 0 if beat["was_out_of_touch"] else self._beats_in_touch + 1
         if self._beats_in_touch * HEARTBEAT_INTERVAL >= INACTIVE_AFTER:
-            await self._take_from_inactive_workers(conn)
+            await self._take_from_inactive_workers(conn, beat["last_heartbeat_at"])
         async for row in self.queries.expire_tasks(conn):
             self._log(Task(**row), f"FAILED, {row['output']['error']}")
 
-    async def _take_from_inactive_workers(self, conn: Connection) -> None:
+    async def _take_from_inactive_workers(self, conn: Connection, our_beat: datetime) -> None:
+        """Others are judged by our own last heartbeat: if that was held up, so were theirs."""
+        active_since = our_beat - timedelta(seconds=INACTIVE_AFTER)
         rows = self.queries.requeue_lost_tasks(
-            conn, inactive_after=INACTIVE_AFTER, max_lost_workers=MAX_LOST_WORKERS
+            conn, active_since=active_since, max_lost_workers=MAX_LOST_WORKERS
         )
         async for row in rows:
             self._log(Task(**row), f"{row['status']}, its worker is inactive")
-        await self.queries.delete_inactive_workers(conn, inactive_after=INACTIVE_AFTER)
+        await self.queries.delete_inactive_workers(conn, active_since=active_since)
 
     async def _leave(self) -> None:
         """Put back what is left and say goodbye: nobody must wait for our heartbeat to grow old."""
-        with surviving_outage(f"worker {self.display_name}: cannot say goodbye"):
+
+        async def leave() -> None:
             await self._put_back([], "its worker shuts down")
             async with self.pool.connection() as conn:
                 await self.queries.delete_worker(conn, id=self.id)
 
-    async def wait_for_child(self, parent: Task, child_id: int, is_durable: bool) -> dict[str, Any]:
-        """Wait until the child has finished: its id, task_name, status and output."""
-        wait = (parent.id, parent.attempt, child_id)
-        # One future for all who wait, since two attempts may: neither may cancel it.
-        new = asyncio.get_running_loop().create_future()
-        finished = self._children.setdefault(child_id, new)
-        if is_durable:
-            self._parked.add(wait)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SHUTDOWN_GRACE):
+                await keep_trying(leave)
+
+    async def wait_for_child(self, parent: Task, child: Task) -> Task:
+        """Wait until the child has finished; returns it as it is then."""
+        finished: asyncio.Future[Task] = asyncio.get_running_loop().create_future()
+        self._waits[finished] = (parent, child)
         self._wake.set()  # there is a child to claim, and perhaps a slot
         try:
-            await asyncio.wait({finished})
+            return await finished
         finally:
-            self._parked.discard(wait)
-        return finished.result()
+            del self._waits[finished]
 
     async def _watch_children(self) -> None:
         """Ask for all awaited children in one query: other workers run some of them."""
         while True:
             await asyncio.sleep(POLL_INTERVAL)
-            if not self._children:
+            if not self._waits:
                 continue
             with surviving_outage(f"worker {self.display_name}: cannot ask for children"):
                 async with self.pool.connection() as conn:
-                    rows = self.queries.get_finished_tasks(conn, ids=list(self._children))
-                    async for row in rows:
-                        self._child_finished(row)
+                    ids = [child.id for _, child in self._waits.values()]
+                    async for row in self.queries.get_finished_tasks(conn, ids=ids):
+                        self._task_finished(row)
 
-    def _child_finished(self, row: dict[str, Any]) -> None:
-        """Wake whoever waits for this task."""
-        if finished := self._children.pop(row["id"], None):
-            finished.set_result(row)
+    def _task_finished(self, row: dict[str, Any]) -> None:
+        """Wake those who wait for this task, unless retry_task has queued it again meanwhile."""
+        for finished, (_, child) in self._waits.items():
+            next_attempt = child.attempt + (child.status == "QUEUED")
+            if child.id == row["id"] and next_attempt <= row["attempt"] and not finished.done():
+                finished.set_result(Task(**row))
 
     def _log(self, task: Task, what: str) -> None:
         log.info(
