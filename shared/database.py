@@ -38,6 +38,8 @@ NETWORK = {
     "keepalives_count": 3,
     "tcp_user_timeout": 14_000,
 }
+# A program that is frozen inside a transaction must not keep its row locks for ever.
+TRANSACTION_LIMIT = "-c idle_in_transaction_session_timeout=15s"
 
 # Every error reaches the caller as an exception; the pool's own lines would only repeat it.
 logging.getLogger("psycopg").setLevel(logging.CRITICAL)
@@ -152,7 +154,7 @@ def conninfo(schema: str) -> str:
             f"DATABASE_URL is not a valid connection string: {reason}. "
             "It should look like postgresql://user:password@host:5432/database"
         ) from None
-    options = f"{given.pop('options', '')} -c search_path={schema}"
+    options = f"{given.pop('options', '')} -c search_path={schema} {TRANSACTION_LIMIT}"
     name = f"{schema}:{os.getpid()}"
     return make_conninfo("", **{**NETWORK, "application_name": name, **given, "options": options})
 

@@ -135,11 +135,12 @@ def error_text(error: BaseException) -> str:
 
 def describe(error: BaseException) -> str:
     """`TypeName: message` of one exception, of which little more than can be kept."""
-    name = type.__getattribute__(type(error), "__name__")
+    name = "Exception"
     try:
+        name = f"{type(error).__name__}"
         message = "".join(str(error))
     except BaseException:
-        # Its __str__ is the user's code and may raise anything at all.
+        # Both may be the user's code and raise anything at all.
         message = "(its message could not be read)"
     text = f"{name}: {message}" if message else name
     return text[: MAX_ERROR_CHARACTERS + 1]
