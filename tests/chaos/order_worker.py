@@ -1,6 +1,7 @@
 """A worker that processes orders: python order_worker.py LESSON_DIRECTORY QUEUE SETTINGS
 
-SETTINGS is a JSON object: globals of the lesson's worker.py and their values.
+SETTINGS is a JSON object: arguments of Worker in lower case, globals of the lesson's worker.py in
+upper case.
 """
 
 import asyncio
@@ -63,11 +64,13 @@ async def main() -> None:
     import worker as lesson_worker  # type: ignore[import-not-found, unused-ignore]
 
     for name, value in settings.items():
-        setattr(lesson_worker, name, value)
+        if name.isupper():
+            setattr(lesson_worker, name, value)
+    arguments = {name: value for name, value in settings.items() if not name.isupper()}
     queries = load_queries(path)
     async with open_pool(path) as pool:
         shop = Shop(pool, queries, lesson_worker.current_task)
-        worker = lesson_worker.Worker(pool, queries)
+        worker = lesson_worker.Worker(pool, queries, **arguments)
         worker.register("process_order", process_order)
         worker.register("ship", ship)
         worker.register("charge_payment", shop.charge_payment)

@@ -48,8 +48,13 @@ class WorkerProcess:
     told_to_end: bool = False
 
     def is_ready(self) -> bool:
-        """Whether it has got beyond its first connection, which a program may fail to get."""
+        """Whether it has begun to work."""
         return "ready\n" in self.log.read_text()
+
+    def found_no_database(self) -> bool:
+        """Whether it has ended as a program may if it does not get its first connection."""
+        log = self.log.read_text()
+        return self.process.returncode == 1 and not self.is_ready() and "Traceback" not in log
 
 
 class Chaos:
@@ -120,6 +125,9 @@ class Chaos:
             "HEARTBEAT_INTERVAL": self.options.inactive_after / 10,
             "INACTIVE_AFTER": self.options.inactive_after,
             "SHUTDOWN_GRACE": self.options.inactive_after,
+            # With few slots a task that was taken away may wait for the worker that it had.
+            "concurrency": self.random.choice([1, 5, 100]),
+            "durable_concurrency": self.random.choice([2, 1000]),
         }
         script = Path(__file__).with_name("order_worker.py")
         command = [sys.executable, "-B", script, self.options.lesson, QUEUE, json.dumps(settings)]
@@ -144,7 +152,7 @@ class Chaos:
             self.workers.remove(worker)
             if not worker.told_to_end:
                 self.start_worker()
-            if status == 1 and not worker.is_ready():
+            if worker.found_no_database():
                 self.done["workers that found no database"] += 1
             elif status != 0 or not worker.told_to_end:
                 self.wrong.append(f"{worker.log.name} ended by itself with status {status}")
@@ -167,7 +175,8 @@ class Chaos:
         worker = self.victim()
         self.note(f"{worker.log.name}: SIGSTOP")
         worker.process.send_signal(signal.SIGSTOP)
-        seconds = self.options.inactive_after * self.random.uniform(1.2, 2.5)
+        # Often it comes back when its tasks have been taken away but not been finished yet.
+        seconds = self.options.inactive_after * (1.05 + self.random.expovariate(2))
         worker.continue_at = time.monotonic() + seconds
         self.done["workers stopped for a while"] += 1
 
@@ -233,7 +242,7 @@ class Chaos:
         start = time.monotonic()
         seconds = self.options.minutes * 60
         next_fault = start
-        while (now := time.monotonic()) < start + seconds:
+        while (now := time.monotonic()) < start + seconds and not self.wrong:
             due = min(self.options.orders, int(self.options.orders * 1.1 * (now - start) / seconds))
             self.enqueue(due - self.enqueued)
             self.look_after_workers()
@@ -269,7 +278,8 @@ class Chaos:
                 deadline, before = time.monotonic() + PATIENCE, unfinished
             if time.monotonic() > deadline:
                 self.wrong.append(f"{unfinished} tasks are stuck")
-                break
+            if self.wrong:
+                return
             self.look_after_workers()
             self.pause(0.1)
         self.wait_until(self.only_the_living_are_listed, "`workers` lists all who live, only them")
