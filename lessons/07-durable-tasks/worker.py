@@ -28,7 +28,6 @@ from shared import (
     Queries,
     UnreadableJson,
     error_text,
-    is_away,
     keep_trying,
     open_connection,
     stop_signals,
@@ -142,7 +141,8 @@ class Worker:
         await self._registered.wait()
         while not self._stopping:
             self._wake.clear()
-            try:
+            answered = False
+            with surviving_outage(f"worker {self.display_name}: cannot poll"):
                 if clock() >= check_at:
                     # A claim may have been committed although its answer got lost.
                     await self._put_back(self._running.values(), "its claim got lost")
@@ -152,14 +152,13 @@ class Worker:
                         run = group.create_task(self._run_task(task))
                         self._running[run] = task
                         run.add_done_callback(self._release_slot)
-            except Exception as error:
-                if not is_away(error):
-                    raise
-                log.warning("worker %s: cannot poll, %s", self.display_name, error_text(error))
+                answered = True
+            if not answered:
                 check_at = 0.0
                 await self._pause(HEARTBEAT_INTERVAL)
-                continue
-            if not any(self._more_waiting[kind] and self._free_slots(kind) for kind in self._slots):
+            elif not any(
+                self._more_waiting[kind] and self._free_slots(kind) for kind in self._slots
+            ):
                 await self._pause(POLL_INTERVAL)
 
     async def _claim(self, queue: str, is_durable: bool) -> list[Task]:
