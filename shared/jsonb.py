@@ -41,8 +41,6 @@ def loads(data: str | bytes) -> Any:
     """
     try:
         return json.loads(data, parse_float=_finite_float)
-    except RecursionError:
-        return UnreadableJson("nested too deeply for Python to read")
     except Exception as error:
         return UnreadableJson(f"Python cannot read it: {error}")
 

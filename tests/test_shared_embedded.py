@@ -196,24 +196,7 @@ def test_data_of_another_version_is_one_clear_line(directory: Path) -> None:
     assert "Postgres 9" in outcome(start_program(USER, directory)).sole_error_line()
 
 
-def test_a_signal_to_the_group_does_not_stop_it_early(directory: Path) -> None:
-    # As Ctrl-C in a terminal does: the signal reaches the program and all that it has started.
-    with subprocess.Popen(
-        [sys.executable, "-c", SLEEPER, directory],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        assert process.stdout
-        assert process.stdout.readline() == "ready\n"
-        os.killpg(process.pid, signal.SIGINT)
-        stdout, stderr = process.communicate()
-    assert (stdout, stderr) == ("still there\n", "")
-    assert not EmbeddedPostgres(directory).is_running()
-
-
-SLEEPER = """
+INTERRUPTED = """
 import asyncio, sys, psycopg
 from pathlib import Path
 from shared import EmbeddedPostgres, run
@@ -221,7 +204,6 @@ from shared import EmbeddedPostgres, run
 async def main():
     url = EmbeddedPostgres(Path(sys.argv[1])).start()
     try:
-        print("ready", flush=True)
         await asyncio.sleep(60)
     finally:
         psycopg.connect(url).close()
@@ -229,6 +211,24 @@ async def main():
 
 run(main())
 """
+
+
+def test_ctrl_c_does_not_stop_the_server_before_its_user(tmp_path: Path) -> None:
+    directory = tmp_path / "new"
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, directory],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        while not list(directory.glob("init-*/*")):
+            assert process.poll() is None
+        # In a terminal the signal reaches the program and all that it has started.
+        os.killpg(process.pid, signal.SIGINT)
+        stdout, stderr = process.communicate()
+    assert (process.returncode, stdout) == (130, "still there\n"), stderr
+    assert not EmbeddedPostgres(directory).is_running()
 
 
 @pytest.fixture
