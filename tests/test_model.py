@@ -1,0 +1,761 @@
+"""Random interleavings of all that the engine of lesson 07 does to its rows, against a model.
+
+Hypothesis makes up sequences of steps: tasks are enqueued, claimed, ended, lost, requeued, retried
+and replayed by three workers, of which some fall silent and come back as zombies. Each step is
+executed by the lesson's own queries.sql, event_log.py and durable_context.py in a real Postgres and
+by engine_model.py; after each of them every row must be what the model says. A step may be left in
+an open transaction while others go on, so that rows are locked and statements pass over them or
+wait.
+
+    MODEL_SECONDS=600 pytest tests/test_model.py     for ten minutes, in place of 20 s
+
+A failure prints the shortest sequence found that leads to it; the next run begins with it.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from copy import deepcopy
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
+from uuid import UUID
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from psycopg.types.json import Jsonb
+
+from engine_model import FINISHED, Brief, Claim, Event, Model, ModelTask, Refused, brief
+from helpers import DEADLINE, wait_for
+from lesson_loader import Lesson
+from shared import Connection, load_queries, open_connection, open_pool
+
+Rule = TypeVar("Rule", bound=Callable[..., None])
+
+SECONDS = float(os.environ.get("MODEL_SECONDS", "20"))
+ROUND = settings(
+    max_examples=20,
+    stateful_step_count=60,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+INACTIVE_AFTER = 600.0  # seconds; a worker's silence is made by changing its row, not by waiting
+SILENCE = {"silent": INACTIVE_AFTER * 0.75, "inactive": INACTIVE_AFTER * 2}
+WORKERS = (1, 2, 3)
+UNKNOWN_ID = 999
+REFUSALS = ("ValueError", "TaskNotOwnedError", "NonDeterminismError")
+
+# How states may change (section 5 of the design), and what retry_task and replay_task may do.
+ARROWS = {
+    ("QUEUED", "RUNNING"),
+    ("RUNNING", "COMPLETED"),
+    ("RUNNING", "QUEUED"),
+    ("RUNNING", "FAILED"),
+    ("QUEUED", "FAILED"),
+}
+RESETS = {"retry_task": {"FAILED"}, "replay_task": set(FINISHED)}
+
+workers = st.sampled_from(WORKERS)
+queues = st.sampled_from(["a", "a", "a", "b"])
+seldom = st.sampled_from([False, False, False, True])
+
+
+class Bench:
+    """Three connections to the test's database, on an event loop of its own."""
+
+    def __init__(self, lesson: Lesson, loop: asyncio.AbstractEventLoop) -> None:
+        self.lesson = lesson
+        self.queries = load_queries(lesson.path)
+        self.loop = loop
+
+    async def open(self) -> None:
+        async with open_pool(self.lesson.path) as pool:
+            self.main, self.holding, self.waiting = [await open_connection(pool) for _ in range(3)]
+        # What should not wait for a row lock must not hang, but fail.
+        await self.main.execute("SET lock_timeout = '2s'")
+
+    async def close(self) -> None:
+        for conn in (self.main, self.holding, self.waiting):
+            await conn.close()
+
+    async def reset(self) -> None:
+        await self.holding.execute("ROLLBACK")
+        await self.main.execute("TRUNCATE tasks, workers, durable_events RESTART IDENTITY")
+
+
+class OnePool:
+    """What retry_task and replay_task take for a pool."""
+
+    def __init__(self, conn: Connection) -> None:
+        self.conn = conn
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        yield self.conn
+
+
+@dataclass
+class Step:
+    """One thing that the engine does: in SQL, and what it is in the model."""
+
+    name: str
+    sql: Callable[[Connection], Awaitable[Any]]
+    model: Callable[[Model, set[int]], Any]
+    waits: bool = True  # for rows that are locked, else it passes over them
+    then: Callable[[Any], None] = lambda result: None  # called once it is committed
+
+    def expected(self, model: Model, held: set[int]) -> Any:
+        """What it returns, or the name of what it raises."""
+        model.touched = set()
+        try:
+            return self.model(model, held)
+        except Refused as refusal:
+            return str(refusal)
+
+    async def actual(self, conn: Connection) -> Any:
+        try:
+            return await self.sql(conn)
+        except Exception as error:
+            if type(error).__name__ not in REFUSALS:
+                raise
+            return type(error).__name__
+
+
+class Held(NamedTuple):
+    """A step whose transaction is open."""
+
+    step: Step
+    result: Any
+    after: Model
+
+
+class Snapshot(NamedTuple):
+    tasks: dict[int, ModelTask]
+    logs: dict[int, list[Event]]
+    workers: dict[int, str]
+    event_ids: dict[int, list[int]]
+    keys: dict[int, str]
+
+
+def pick(of: Callable[[Any], list[Any]]) -> Any:
+    """A strategy: one of what this method of the machine returns."""
+    return st.runner().flatmap(lambda machine: st.sampled_from(of(machine)))
+
+
+def has(of: Callable[[Any], list[Any]]) -> Callable[[Rule], Rule]:
+    """The precondition of `pick`."""
+    return precondition(lambda machine: bool(of(machine)))
+
+
+class Engine(RuleBasedStateMachine):
+    """The engine and its model, side by side."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__()
+        self.bench = bench
+        self.queries = bench.queries
+        self.model = Model()
+        self.held: Held | None = None
+        self.claims: dict[Claim, Any] = {}  # all there ever were, with the rows that came with them
+        self.last_id = 0
+        self.steps: set[str] = set()  # since the last look at all rows
+        self.wait(bench.reset())
+        self.before = self.wait(self.snapshot())
+
+    def teardown(self) -> None:
+        self.wait(self.bench.holding.execute("ROLLBACK"))
+
+    # What rules pick from.
+
+    def live(self) -> list[Claim]:
+        return [claim for claim in self.claims if self.model.owned(claim)]
+
+    def stale(self) -> list[Claim]:
+        return [claim for claim in self.claims if not self.model.owned(claim)]
+
+    def live_and_held(self) -> list[Claim]:
+        return [claim for claim in self.live() if claim.id in self.held_ids()]
+
+    def live_durable(self) -> list[Claim]:
+        return [claim for claim in self.live() if self.model.tasks[claim.id].is_durable]
+
+    def failed_by_child(self) -> list[tuple[Claim, int]]:
+        """Live claims, each with a failed child in its log."""
+        return [
+            (claim, event.child)
+            for claim in self.live_durable()
+            for event in self.model.logs[claim.id]
+            if self.model.tasks[event.child].status == "FAILED"
+        ]
+
+    def waiting(self) -> list[int]:
+        """Unfinished tasks with a schedule timeout that has not passed."""
+        tasks = [t for id, t in self.model.tasks.items() if id not in self.held_ids()]
+        return [t.id for t in tasks if t.overdue is False and t.status not in FINISHED]
+
+    def with_status(self, *states: str) -> list[ModelTask]:
+        return [task for task in self.model.tasks.values() if task.status in states]
+
+    def queued(self) -> list[tuple[str, bool]]:
+        return [(task.queue, task.is_durable) for task in self.with_status("QUEUED")]
+
+    def expired(self) -> list[int]:
+        return [t.id for t in self.with_status("QUEUED") if t.overdue and t.attempt == 0]
+
+    def active(self) -> list[int]:
+        return [worker for worker, age in self.model.workers.items() if age != "inactive"]
+
+    def inactive(self) -> list[int]:
+        return [worker for worker, age in self.model.workers.items() if age == "inactive"]
+
+    def owners(self) -> list[int]:
+        return sorted({claim.worker for claim in self.live()})
+
+    def lost(self) -> list[Claim]:
+        return [claim for claim in self.live() if claim.worker not in self.active()]
+
+    def failed(self) -> list[int]:
+        """Durable tasks that have failed, or are just failing."""
+        tasks = self.with_status("FAILED")
+        return [t.id for t in tasks if t.is_durable] + sorted(self.held_ids() & {*self.model.tasks})
+
+    def finished(self) -> list[int]:
+        tasks = self.with_status(*FINISHED)
+        return [t.id for t in tasks if t.is_durable] + sorted(self.held_ids() & {*self.model.tasks})
+
+    def all_ids(self) -> list[int]:
+        return [*self.model.tasks, UNKNOWN_ID]
+
+    # The rules: what happens.
+
+    @initialize(count=st.integers(1, 4))
+    def some_orders(self, count: int) -> None:
+        for number in range(count):
+            self.enqueue("a", True, number % 2, number % 3, None)
+        for worker in WORKERS:
+            self.heartbeat(worker)
+
+    @rule(
+        queue=queues,
+        is_durable=st.booleans(),
+        priority=st.integers(0, 2),
+        max_retries=st.integers(0, 2),
+        overdue=st.sampled_from([None, None, False, True]),
+    )
+    def enqueue(
+        self, queue: str, is_durable: bool, priority: int, max_retries: int, overdue: bool | None
+    ) -> None:
+        name = "order" if is_durable else "step"
+        task = ModelTask(
+            self.last_id + 1, queue, name, 0, max_retries, priority, is_durable, overdue
+        )
+        seconds = {None: None, False: "1 hour", True: "-1 hour"}[overdue]
+
+        async def create(conn: Connection) -> Brief:
+            return await self.create_task(conn, task, seconds)
+
+        self.do(Step("create_task", create, lambda model, held: model.create(deepcopy(task))))
+
+    @has(waiting)
+    @rule(id=pick(waiting))
+    def time_passes(self, id: int) -> None:
+        self.model.tasks[id].overdue = True
+        self.execute(
+            "UPDATE tasks SET schedule_timeout_at = now() - interval '1 s' WHERE id = %s", id
+        )
+
+    @has(queued)
+    @rule(worker=workers, kind=pick(queued), limit=st.integers(1, 3), hold=seldom)
+    def claim(self, worker: int, kind: tuple[str, bool], limit: int, hold: bool) -> None:
+        queue, is_durable = kind
+        rows: list[dict[str, Any]] = []
+
+        async def poll(conn: Connection) -> list[Brief]:
+            found = self.queries.poll_tasks(
+                conn, queue=queue, is_durable=is_durable, limit=limit, worker_id=UUID(int=worker)
+            )
+            rows.extend([row async for row in found])
+            return [brief_row(row) for row in rows]
+
+        def claim(model: Model, held: set[int]) -> list[Brief]:
+            return model.claim(worker, queue, is_durable, limit, held)
+
+        step = Step("poll_tasks", poll, claim, waits=False, then=lambda _: self.hand_out(rows))
+        self.do(step, hold)
+
+    @has(live)
+    @rule(claim=pick(live), output=st.integers(0, 3), hold=seldom, commit=st.booleans())
+    def complete(self, claim: Claim, output: int, hold: bool, commit: bool) -> None:
+        self.do(self.ending(claim, "COMPLETED", output), hold, commit)
+
+    @has(live)
+    @rule(claim=pick(live), is_retryable=st.booleans(), hold=seldom, commit=st.booleans())
+    def fail(self, claim: Claim, is_retryable: bool, hold: bool, commit: bool) -> None:
+        """An error, or a timeout."""
+        row = self.claims[claim]
+        can_retry = is_retryable and row["retry_count"] < row["max_retries"]
+        status = "QUEUED" if can_retry else "FAILED"
+        self.do(self.ending(claim, status, {"error": "oops"}), hold, commit)
+
+    @has(failed_by_child)
+    @rule(claim_and_child=pick(failed_by_child))
+    def fail_by_child(self, claim_and_child: tuple[Claim, int]) -> None:
+        claim, child = claim_and_child
+        output = {"error": "its child failed", "child_task_id": child}
+        self.do(self.ending(claim, "FAILED", output), commit=True)
+
+    @has(live_and_held)
+    @rule(
+        claim=pick(live_and_held),
+        what=st.sampled_from(["COMPLETED", "FAILED", "QUEUED", "append"]),
+        commit=st.booleans(),
+    )
+    def write_while_locked(self, claim: Claim, what: str, commit: bool) -> None:
+        """It waits, and is refused if the task has been taken away meanwhile."""
+        if what == "append":
+            step = self.appending(claim, len(self.model.logs[claim.id]) + 1, "step", 0)
+        else:
+            step = self.ending(claim, what, {"error": "perhaps"})
+        self.do(step, commit=commit)
+
+    @has(stale)
+    @rule(
+        claim=pick(stale),
+        late=st.sampled_from(["COMPLETED", "FAILED", "QUEUED", "append"]),
+        event_id=st.integers(1, 3),
+    )
+    def zombie(self, claim: Claim, late: str, event_id: int) -> None:
+        """What a former owner writes changes nothing, and waits for nobody."""
+        if late == "append":
+            step = self.appending(claim, event_id, "step", 0)
+        else:
+            step = self.ending(claim, late, "from a former owner")
+        self.do(step, may_wait=False)
+        after = self.wait(self.snapshot())
+        assert after == self.before, f"{claim} is not the owner, but changed something"
+
+    @has(live_durable)
+    @rule(
+        claim=pick(live_durable),
+        again=seldom,
+        name=st.sampled_from(["step", "step", "order"]),
+        input=st.sampled_from([0, 0, 0, 1]),
+        hold=seldom,
+        commit=st.booleans(),
+    )
+    def append(
+        self, claim: Claim, again: bool, name: str, input: int, hold: bool, commit: bool
+    ) -> None:
+        """The next event of the task, or one that the log has already."""
+        event_id = max(1, len(self.model.logs[claim.id]) + (0 if again else 1))
+        self.do(self.appending(claim, event_id, name, input), hold, commit)
+
+    @has(live_durable)
+    @precondition(lambda self: self.held is None)
+    @rule(claim=pick(live_durable))
+    def append_without_child(self, claim: Claim) -> None:
+        """The child cannot be created: then there is no event either."""
+        event_id = len(self.model.logs[claim.id]) + 1
+
+        async def fail_after_create() -> int:
+            await self.create_child(self.bench.main, claim, "step", 0)
+            raise ZeroDivisionError
+
+        async def append(conn: Connection) -> None:
+            with pytest.raises(ZeroDivisionError):
+                await self.append_event(conn, claim, event_id, "step", 0, fail_after_create)
+
+        self.do(Step("append", append, lambda model, held: None))
+
+    @rule(worker=workers)
+    def heartbeat(self, worker: int) -> None:
+        async def beat(conn: Connection) -> bool:
+            row = await self.queries.heartbeat(
+                conn, id=UUID(int=worker), display_name="w", max_silence=INACTIVE_AFTER / 2
+            )
+            return bool(row["was_out_of_touch"])
+
+        self.do(Step("heartbeat", beat, lambda model, held: model.heartbeat(worker)))
+
+    @has(active)
+    @rule(worker=pick(active), age=st.sampled_from(["silent", "inactive", "inactive"]))
+    def fall_silent(self, worker: int, age: str) -> None:
+        self.model.workers[worker] = age
+        self.execute(
+            "UPDATE workers SET last_heartbeat_at = now() - make_interval(secs => %s)"
+            " WHERE id = %s",
+            SILENCE[age],
+            UUID(int=worker),
+        )
+
+    @has(active)
+    @rule(worker=pick(active))
+    def leave(self, worker: int) -> None:
+        """A worker shuts down: it puts back what it owns, and deletes its row."""
+        self.put_back(worker, 0, hold=False)
+        self.model.workers.pop(worker, None)
+        self.wait(self.queries.delete_worker(self.bench.main, id=UUID(int=worker)))
+
+    @has(owners)
+    @rule(worker=pick(owners), knows=st.sampled_from([0, 1, 1, 2]), hold=seldom)
+    def put_back(self, worker: int, knows: int, hold: bool) -> None:
+        """A worker puts back what it does not run: it knows of none, of half or of all its claims,
+        of which some are over.
+        """
+        claims = [claim for claim in self.claims if claim.worker == worker]
+        known = [[], claims[::2], claims][knows]
+
+        async def requeue(conn: Connection) -> list[Brief]:
+            rows = self.queries.requeue_own_tasks(
+                conn,
+                worker_id=UUID(int=worker),
+                ids=[claim.id for claim in known],
+                attempts=[claim.attempt for claim in known],
+            )
+            return sorted([brief_row(row) async for row in rows])
+
+        def put_back(model: Model, held: set[int]) -> list[Brief]:
+            return model.put_back(worker, known, held)
+
+        self.do(Step("requeue_own_tasks", requeue, put_back, waits=False), hold)
+
+    @has(lost)
+    @rule(max_lost_workers=st.integers(2, 4), hold=seldom)
+    def requeue_lost(self, max_lost_workers: int, hold: bool) -> None:
+        async def requeue(conn: Connection) -> list[Brief]:
+            rows = self.queries.requeue_lost_tasks(
+                conn, inactive_after=INACTIVE_AFTER, max_lost_workers=max_lost_workers
+            )
+            return sorted([brief_row(row) async for row in rows])
+
+        def requeue_lost(model: Model, held: set[int]) -> list[Brief]:
+            return model.requeue_lost(max_lost_workers, held)
+
+        self.do(Step("requeue_lost_tasks", requeue, requeue_lost, waits=False), hold)
+
+    @has(inactive)
+    @rule()
+    def delete_inactive_workers(self) -> None:
+        async def delete(conn: Connection) -> int:
+            query = self.queries.delete_inactive_workers
+            return int(await query(conn, inactive_after=INACTIVE_AFTER))
+
+        step = Step("delete_workers", delete, lambda model, held: model.delete_inactive_workers())
+        self.do(step)
+
+    @has(expired)
+    @rule(hold=seldom)
+    def expire(self, hold: bool) -> None:
+        async def expire(conn: Connection) -> list[Brief]:
+            return sorted([brief_row(row) async for row in self.queries.expire_tasks(conn)])
+
+        step = Step("expire_tasks", expire, lambda model, held: model.expire(held), waits=False)
+        self.do(step, hold)
+
+    @has(failed)
+    @rule(id=pick(failed), hold=seldom, commit=st.booleans())
+    def retry_task(self, id: int, hold: bool, commit: bool) -> None:
+        self.do(self.resetting("retry_task", id), hold, commit)
+
+    @has(finished)
+    @rule(id=pick(finished), hold=seldom, commit=st.booleans())
+    def replay_task(self, id: int, hold: bool, commit: bool) -> None:
+        self.do(self.resetting("replay_task", id), hold, commit)
+
+    @rule(name=st.sampled_from(["retry_task", "replay_task"]), id=pick(all_ids))
+    def reset_any_task(self, name: str, id: int) -> None:
+        """Most of them are in no state for it."""
+        self.do(self.resetting(name, id))
+
+    @has(finished)
+    @rule()
+    def ask_for_finished_tasks(self) -> None:
+        async def get(conn: Connection) -> list[tuple[int, str]]:
+            rows = self.queries.get_finished_tasks(conn, ids=self.all_ids())
+            return sorted([(row["id"], row["status"]) async for row in rows])
+
+        def known(model: Model, held: set[int]) -> list[tuple[int, str]]:
+            return [(task.id, task.status) for task in self.with_status(*FINISHED)]
+
+        self.do(Step("get_finished_tasks", get, known))
+
+    @precondition(lambda self: self.held is not None)
+    @rule(commit=st.sampled_from([True, True, False]))
+    def end_transaction(self, commit: bool) -> None:
+        self.wait(self.end_held(commit))
+
+    # After each of them.
+
+    @invariant()
+    def rows_are_what_the_model_says(self) -> None:
+        now = self.wait(self.snapshot())
+        assert now.tasks == self.model.tasks
+        assert now.logs == self.model.logs
+        assert now.workers == self.model.workers
+        self.check_promises(self.before, now)
+        self.before = now
+        self.steps.clear()
+
+    def check_promises(self, old: Snapshot, new: Snapshot) -> None:
+        """What holds whatever the model says."""
+        may_reset = {state for step in self.steps for state in RESETS.get(step, ())}
+        for id, before in old.tasks.items():
+            after = new.tasks[id]
+            assert after.attempt >= before.attempt
+            is_reset = before.status in may_reset and after.status == "QUEUED"
+            arrow = (before.status, after.status)
+            assert before.status == after.status or arrow in ARROWS or is_reset, arrow
+            if before.status in FINISHED and not is_reset:
+                assert after == before, "a finished task has changed"
+            if before.worker != after.worker and after.worker is not None:
+                assert after.attempt == before.attempt + 1, "a new owner without a new attempt"
+        for ids in new.event_ids.values():
+            assert ids == list(range(1, len(ids) + 1))
+        children = [event.child for log in new.logs.values() for event in log]
+        assert len(children) == len(set(children))
+        if "replay_task" not in self.steps:
+            assert old.keys.items() <= new.keys.items(), "what the log says has changed"
+
+    # How a rule is executed.
+
+    def do(
+        self, step: Step, hold: bool = False, commit: bool = True, may_wait: bool = True
+    ) -> None:
+        """Execute a step in the database and in the model, which must agree.
+
+        `hold` leaves its transaction open. If it has to wait for one that is open already, that is
+        then ended, by commit or rollback.
+        """
+        self.steps.add(step.name)
+        scratch = deepcopy(self.model)
+        step.expected(scratch, set())
+        if step.waits and scratch.touched & self.held_ids():
+            assert may_wait
+            self.wait(self.contend(step, commit))
+        elif hold and self.held is None:
+            self.wait(self.hold(step))
+        else:
+            self.finish(step, self.wait(step.actual(self.bench.main)))
+
+    def finish(self, step: Step, result: Any) -> None:
+        """The step is committed: it must have done what the model does."""
+        assert result == step.expected(self.model, self.held_ids())
+        self.last_id = max([self.last_id, *self.model.tasks])
+        step.then(result)
+
+    async def hold(self, step: Step) -> None:
+        await self.bench.holding.execute("BEGIN")
+        result = await step.actual(self.bench.holding)
+        after = deepcopy(self.model)
+        assert result == step.expected(after, set())
+        self.last_id = max([self.last_id, *after.tasks])
+        if result in REFUSALS:
+            await self.bench.holding.execute("ROLLBACK")
+        else:
+            self.held = Held(step, result, after)
+
+    async def end_held(self, commit: bool) -> None:
+        assert self.held is not None
+        step, result, after = self.held
+        self.held = None
+        await self.bench.holding.execute("COMMIT" if commit else "ROLLBACK")
+        if commit:
+            self.steps.add(step.name)
+            self.model.adopt(after, after.touched)
+            step.then(result)
+
+    async def contend(self, step: Step, commit: bool) -> None:
+        """The step has to wait for the transaction that is open."""
+        waiting = asyncio.ensure_future(step.actual(self.bench.waiting))
+        try:
+            await wait_for(partial(self.is_waiting, waiting), f"{step.name} waits for a lock")
+            await self.end_held(commit)
+            result = await asyncio.wait_for(waiting, DEADLINE)
+        finally:
+            waiting.cancel()
+        self.finish(step, result)
+
+    async def is_waiting(self, step: asyncio.Future[Any]) -> bool:
+        assert not step.done(), f"it should have waited for a lock, but returned {step.result()}"
+        pid = self.bench.waiting.info.backend_pid
+        cursor = await self.bench.main.execute(
+            "SELECT FROM pg_locks WHERE pid = %s AND NOT granted", [pid]
+        )
+        return await cursor.fetchone() is not None
+
+    def held_ids(self) -> set[int]:
+        return self.held.after.touched if self.held else set()
+
+    def hand_out(self, rows: list[dict[str, Any]]) -> None:
+        """A claim is committed: nobody has ever had it before."""
+        for row in rows:
+            claim = Claim(row["id"], row["worker_id"].int, row["attempt"])
+            assert not any(
+                (old.id, old.attempt) == (claim.id, claim.attempt) for old in self.claims
+            )
+            self.claims[claim] = row
+
+    def ending(self, claim: Claim, status: str, output: Any) -> Step:
+        query = {
+            "COMPLETED": self.queries.complete_task,
+            "FAILED": self.queries.fail_task,
+            "QUEUED": self.queries.requeue_failed_task,
+        }[status]
+
+        async def write(conn: Connection) -> list[Brief]:
+            row = await query(
+                conn,
+                id=claim.id,
+                worker_id=UUID(int=claim.worker),
+                attempt=claim.attempt,
+                output=Jsonb(output),
+            )
+            return [brief_row(row)] if row else []
+
+        return Step(status, write, lambda model, held: model.end(claim, status, output))
+
+    def appending(self, claim: Claim, event_id: int, name: str, input: int) -> Step:
+        event = Event(name, input, self.last_id + 1)
+
+        async def append(conn: Connection) -> tuple[int, bool]:
+            created: list[int] = []
+
+            async def create_child() -> int:
+                created.append(await self.create_child(conn, claim, name, input))
+                return created[-1]
+
+            result = await self.append_event(conn, claim, event_id, name, input, create_child)
+            assert bool(created) != result[1], "a child for an event that had one, or none"
+            return result
+
+        return Step("append", append, lambda model, held: model.append(claim, event_id, event))
+
+    def resetting(self, name: str, id: int) -> Step:
+        function = getattr(self.bench.lesson.durable_context, name)
+
+        def reset(model: Model, held: set[int]) -> None:
+            (model.retry if name == "retry_task" else model.replay)(id)
+
+        return Step(name, lambda conn: function(OnePool(conn), self.queries, id), reset)
+
+    async def append_event(
+        self,
+        conn: Connection,
+        claim: Claim,
+        event_id: int,
+        name: str,
+        input: int,
+        create_child: Callable[[], Awaitable[int]],
+    ) -> tuple[int, bool]:
+        task = self.bench.lesson.models.Task(**self.claims[claim])
+        log = self.bench.lesson.event_log.EventLog(self.queries)
+        async with conn.transaction():
+            event, already_recorded = await log.append(
+                conn, task, event_id, "TASK_STARTED", name, input, create_child
+            )
+        return event.child_task_id, already_recorded
+
+    async def create_child(self, conn: Connection, claim: Claim, name: str, input: int) -> int:
+        parent = self.claims[claim]
+        child = ModelTask(
+            0, parent["queue"], name, input, 1, parent["priority"], is_durable=name == "order"
+        )
+        return (await self.create_task(conn, child, None)).id
+
+    async def create_task(
+        self, conn: Connection, task: ModelTask, schedule_timeout: str | None
+    ) -> Brief:
+        row = await self.queries.create_task(
+            conn,
+            queue=task.queue,
+            task_name=task.task_name,
+            input=Jsonb(task.input),
+            max_retries=task.max_retries,
+            timeout=None,
+            schedule_timeout=schedule_timeout,
+            priority=task.priority,
+            is_durable=task.is_durable,
+        )
+        self.last_id = max(self.last_id, row["id"])
+        return brief_row(row)
+
+    def wait(self, operation: Coroutine[Any, Any, Any]) -> Any:
+        return self.bench.loop.run_until_complete(operation)
+
+    def execute(self, statement: str, *parameters: Any) -> None:
+        self.wait(self.bench.main.execute(statement.encode(), parameters))
+
+    async def snapshot(self) -> Snapshot:
+        """All rows, as another connection sees them."""
+        tasks = {row["id"]: model_task(row) for row in await self.rows(TASKS)}
+        logs: dict[int, list[Event]] = {id: [] for id in tasks}
+        event_ids: dict[int, list[int]] = {id: [] for id in tasks}
+        keys: dict[int, str] = {}
+        for row in await self.rows(EVENTS):
+            child = tasks[row["child_task_id"]]
+            logs[row["task_id"]].append(Event(child.task_name, child.input, child.id))
+            event_ids[row["task_id"]].append(row["event_id"])
+            keys[child.id] = row["key"]
+        workers = {row["id"].int: row["age"] for row in await self.rows(AGES)}
+        return Snapshot(tasks, logs, workers, event_ids, keys)
+
+    async def rows(self, query: str) -> list[dict[str, Any]]:
+        return await (await self.bench.main.execute(query.encode())).fetchall()
+
+
+TASKS = """
+SELECT *, finished_at IS NOT NULL AS finished, schedule_timeout_at <= now() AS overdue
+FROM tasks
+ORDER BY id
+"""
+EVENTS = "SELECT * FROM durable_events ORDER BY task_id, event_id"
+AGES = f"""
+SELECT id, CASE
+    WHEN last_heartbeat_at <= now() - interval '{INACTIVE_AFTER} s' THEN 'inactive'
+    WHEN last_heartbeat_at <= now() - interval '{INACTIVE_AFTER / 2} s' THEN 'silent'
+    ELSE 'fresh'
+END AS age
+FROM workers
+"""
+
+
+def model_task(row: dict[str, Any]) -> ModelTask:
+    worker = row["worker_id"] and row["worker_id"].int
+    return ModelTask(
+        worker=worker, **{f.name: row[f.name] for f in fields(ModelTask) if f.name != "worker"}
+    )
+
+
+def brief_row(row: dict[str, Any]) -> Brief:
+    return brief(model_task({"finished": None, "overdue": None, **row}))
+
+
+@pytest.fixture
+def bench(lesson: Lesson, database: str) -> Iterator[Bench]:
+    loop = asyncio.SelectorEventLoop()
+    bench = Bench(lesson, loop)
+    loop.run_until_complete(bench.open())
+    yield bench
+    loop.run_until_complete(bench.close())
+    loop.close()
+
+
+@pytest.mark.since(7)
+def test_whatever_happens_every_row_is_what_the_model_says(bench: Bench) -> None:
+    # Rounds, since Hypothesis counts examples, which take ten times as long on a busy machine.
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        run_state_machine_as_test(cast(Any, lambda: Engine(bench)), settings=ROUND)
