@@ -1,0 +1,355 @@
+"""Durable tasks under crashes, stalls and lost connections: one child for each event, once charged.
+
+Processes are killed, stopped and continued by real signals; see durable_process.py.
+"""
+
+import asyncio
+import gc
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psycopg
+import pytest
+
+from durable_helpers import Lab
+from helpers import (
+    QUEUE,
+    ended,
+    enqueue,
+    execute,
+    finished,
+    statuses,
+    wait_for,
+    wait_for_status,
+    worker_process,
+    working,
+)
+from shared import Pool, open_connection
+
+pytestmark = pytest.mark.since(7)
+SCRIPT = Path(__file__).parent / "durable_process.py"
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal")
+
+
+@pytest.fixture
+def lab(lesson: Any, pool: Pool, queries: Any, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    return Lab(lesson, pool, queries, monkeypatch)
+
+
+class Order:
+    """An order for durable_process.py, and the notes that its processes leave."""
+
+    def __init__(self, directory: Path, stop: str) -> None:
+        self.notes = directory / "notes"
+        self.notes.touch()
+        self.gate = directory / "gate"
+        self.stop = stop
+        self.input = {"file": str(self.notes), "gate": str(self.gate), "stop": stop}
+
+    def noted(self, word: str, pid: int | None = None) -> list[str]:
+        """The notes that begin with this word, of one process or of all."""
+        lines = [line.split() for line in self.notes.read_text().splitlines()]
+        return [
+            line[1] for line in lines if line[1].startswith(word) and pid in (None, int(line[0]))
+        ]
+
+    async def stopped(self, pid: int) -> None:
+        await wait_for(lambda: self.noted(self.stop, pid), f"a process is at {self.stop}")
+
+
+async def assert_done_once(lab: Lab, id: int, order: Order) -> None:
+    """The order is COMPLETED, with one child for each event, and one charge whoever made it."""
+    children = await lab.children(id)
+    assert [child["event_id"] for child in children] == [1, 2]
+    orders_and_children = [task["id"] for task in await lab.tasks() if task["task_name"] != "busy"]
+    assert orders_and_children == [id, *(child["id"] for child in children)]
+    row = await finished(lab.pool, id)
+    assert (row["status"], row["output"]) == ("COMPLETED", [children[0]["id"], "sent"])
+    assert row["retry_count"] == 0
+    assert set(order.noted("charges-")) == {f"charges-{children[0]['id']}"}
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["before-the-first-event", "busy", "charged", "between-the-children", "after-the-children"],
+)
+async def test_an_order_survives_the_death_of_its_worker(
+    lab: Lab, tmp_path: Path, moment: str
+) -> None:
+    """ "busy" is when the first child is recorded and not claimed: another task has the slot."""
+    order = Order(tmp_path, moment)
+    if moment == "busy":
+        await enqueue(lab.pool, "busy", order.input, priority=9)
+    async with worker_process(lab.lesson, script=SCRIPT, concurrency=1) as victim:
+        if moment == "busy":
+            await order.stopped(victim.pid)
+        id = await enqueue(lab.pool, "process_order", order.input, is_durable=True)
+        await order.stopped(victim.pid)
+        if moment == "busy":
+            await wait_for(lambda: lab.children(id), "the first child is recorded")
+        victim.kill()
+        await victim.wait()
+    order.gate.touch()
+    async with worker_process(lab.lesson, script=SCRIPT, concurrency=1):
+        row = await finished(lab.pool, id)
+    assert (row["attempt"], row["lost_count"]) == (2, 1)
+    await assert_done_once(lab, id, order)
+
+
+@posix_only
+async def test_a_zombie_changes_nothing(lab: Lab, tmp_path: Path) -> None:
+    """A worker stalls for longer than INACTIVE_AFTER, and comes back when all has been done."""
+    order = Order(tmp_path, "charged")
+    id = await enqueue(lab.pool, "process_order", order.input, is_durable=True)
+    async with worker_process(lab.lesson, script=SCRIPT) as zombie:
+        await order.stopped(zombie.pid)
+        zombie.send_signal(signal.SIGSTOP)
+        order.gate.touch()
+        async with worker_process(lab.lesson, script=SCRIPT):
+            await finished(lab.pool, id)
+            rows = await lab.tasks(), await lab.children(id)
+            zombie.send_signal(signal.SIGCONT)
+            await wait_for(lambda: order.noted("order-ends", zombie.pid), "the zombie has ended it")
+        zombie.send_signal(signal.SIGTERM)
+        assert await ended(zombie) == 0
+    assert (await lab.tasks(), await lab.children(id)) == rows
+    await assert_done_once(lab, id, order)
+
+
+@posix_only
+async def test_a_shutdown_does_not_wait_for_durable_tasks(lab: Lab, tmp_path: Path) -> None:
+    """They go back to the queue at once, with no retry spent, and the next worker goes on."""
+    order = Order(tmp_path, "between-the-children")
+    id = await enqueue(lab.pool, "process_order", order.input, is_durable=True)
+    async with worker_process(lab.lesson, script=SCRIPT, SHUTDOWN_GRACE=600) as process:
+        await order.stopped(process.pid)
+        process.send_signal(signal.SIGTERM)
+        assert await ended(process) == 0
+    row = await wait_for_status(lab.pool, id, "QUEUED")
+    assert (row["attempt"], row["retry_count"], row["lost_count"]) == (1, 0, 0)
+    assert await execute(lab.pool, "SELECT * FROM workers") == []
+    order.gate.touch()
+    async with worker_process(lab.lesson, script=SCRIPT):
+        await finished(lab.pool, id)
+    await assert_done_once(lab, id, order)
+    assert len(order.noted("charges-")) == 1
+
+
+async def test_a_child_may_run_on_another_worker_than_its_parent(lab: Lab) -> None:
+    """Then only the database can tell the parent that it has finished."""
+
+    async def parent(context: Any, input: Any) -> Any:
+        return await asyncio.gather(*[context.run_task("step", n) for n in range(10)])
+
+    id = await lab.enqueue(parent)
+    only_durable = lab.worker(parent, concurrency=0)
+    only_plain = lab.worker(parent, durable_concurrency=0)
+    async with working(only_durable, only_plain):
+        row = await finished(lab.pool, id)
+    assert row["output"] == list(range(10))
+    owners = {task["task_name"]: task["worker_id"] for task in await lab.tasks()}
+    assert owners == {"parent": only_durable.id, "step": only_plain.id}
+
+
+# Lost connections
+
+
+class BreakingPool:
+    """A pool that loses the connection at the end of every other transaction, seen from its start.
+
+    The server ends the connection, either just before COMMIT or just after it, so that the client
+    cannot tell which of the two has happened.
+    """
+
+    def __init__(self, pool: Pool, before_commit: bool) -> None:
+        self.pool = pool
+        self.before_commit = before_commit
+        self.transactions = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pool, name)
+
+    @asynccontextmanager
+    async def connection(self, *arguments: Any, **keywords: Any) -> AsyncIterator[Any]:
+        async with self.pool.connection(*arguments, **keywords) as conn:
+            transaction = conn.transaction
+
+            @asynccontextmanager
+            async def breaking() -> AsyncIterator[Any]:
+                self.transactions += 1
+                breaks = self.transactions % 2 == 1
+                async with transaction() as tx:
+                    yield tx
+                    if breaks and self.before_commit:
+                        await self.terminate(conn)
+                if breaks:
+                    await self.terminate(conn)
+                    await conn.execute("SELECT 'the answer to COMMIT got lost'")
+
+            conn.transaction = breaking  # type: ignore[method-assign, assignment]
+            try:
+                yield conn
+            finally:
+                conn.transaction = transaction  # type: ignore[method-assign]
+
+    async def terminate(self, conn: Any) -> None:
+        await execute(self.pool, "SELECT pg_terminate_backend(%s, 5000)", conn.info.backend_pid)
+
+
+@pytest.mark.parametrize("before_commit", [True, False], ids=["before COMMIT", "after COMMIT"])
+async def test_a_connection_lost_at_the_commit_costs_nothing(lab: Lab, before_commit: bool) -> None:
+    async def parent(context: Any, input: Any) -> Any:
+        return [await context.run_task("step", n) for n in (1, 2)]
+
+    lab.pool, pool = BreakingPool(lab.pool, before_commit), lab.pool  # type: ignore[assignment]
+    worker = lab.worker(parent)
+    lab.pool, breaking = pool, worker.pool
+    id = await lab.enqueue(parent)
+    async with working(worker):
+        row = await finished(pool, id)
+    assert breaking.transactions >= 4, "no transaction was broken"
+    assert (row["output"], row["attempt"], row["retry_count"]) == ([1, 2], 1, 0)
+    assert len(await lab.children(id)) == 2
+    assert len(await lab.tasks()) == 3
+    assert lab.calls == {"1": 1, "2": 1}
+
+
+async def test_orders_survive_the_loss_of_all_connections_again_and_again(lab: Lab) -> None:
+    async def parent(context: Any, input: Any) -> Any:
+        first = await context.run_task("step", [input, 1])
+        await asyncio.sleep(0.05)
+        return [first, await context.run_task("step", [input, 2])]
+
+    ids = [await lab.enqueue(parent, n) for n in range(30)]
+    async with (
+        await open_connection(lab.pool) as killer,
+        working(lab.worker(parent)),
+    ):
+        for _ in range(10):
+            await killer.execute(
+                """
+                SELECT pg_terminate_backend(pid)
+                FROM pg_stat_activity
+                WHERE datname = current_database() AND pid != pg_backend_pid()
+                """
+            )
+            await asyncio.sleep(0.1)
+        for n, id in enumerate(ids):
+            row = await until_read(lab.pool, id)
+            assert (row["output"], row["retry_count"]) == ([[n, 1], [n, 2]], 0)
+    assert len(await lab.tasks()) == 3 * len(ids)
+
+
+async def until_read(pool: Pool, id: int) -> dict[str, Any]:
+    """finished(), with connections that may be dead."""
+    while True:
+        try:
+            return await finished(pool, id)
+        except psycopg.OperationalError:
+            await asyncio.sleep(0.1)
+
+
+# What waiting costs
+
+
+async def test_a_thousand_waiting_tasks_cost_one_query_and_no_connection(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interval = 0.1
+    monkeypatch.setattr(lab.lesson.worker, "POLL_INTERVAL", interval)
+    may_end = asyncio.Event()
+    calls: list[str] = []
+
+    def counted(name: str) -> Any:
+        query = getattr(lab.queries, name)
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            calls.append(name)
+            return query(*arguments, **keywords)
+
+        return call
+
+    async def slow(input: Any) -> None:
+        await may_end.wait()
+
+    async def parent(context: Any, input: Any) -> Any:
+        return await context.run_task("slow", None)
+
+    async def events() -> bool:
+        (row,) = await execute(lab.pool, "SELECT count(*) AS n FROM durable_events")
+        return bool(row["n"] == 1000)
+
+    await execute(
+        lab.pool,
+        """
+        INSERT INTO tasks (queue, task_name, input, is_durable)
+        SELECT %s, 'parent', '{}', true
+        FROM generate_series(1, 1000)
+        """,
+        QUEUE,
+    )
+    names = lab.queries.available_queries
+    queries = SimpleNamespace(**{name: counted(name) for name in names})
+    worker = lab.lesson.worker.Worker(lab.pool, queries)
+    worker.register("parent", parent)
+    worker.register("slow", slow)
+    async with working(worker):
+        await wait_for(events, "all have started their child")
+        calls.clear()
+        clock = asyncio.get_running_loop().time
+        start = clock()
+        await asyncio.sleep(5 * interval)
+        intervals = (clock() - start) / interval
+        assert calls, "it does not ask at all"
+        assert len(calls) < 20 * (intervals + 2), "the waiting tasks ask one by one"
+        sql = "SELECT count(*) AS n FROM pg_stat_activity WHERE datname = current_database()"
+        (row,) = await execute(lab.pool, sql)
+        assert row["n"] <= lab.pool.max_size + 1, "more than the pool and the heartbeat"
+        may_end.set()
+        done = "SELECT count(*) AS n FROM tasks WHERE status = 'COMPLETED'"
+
+        async def all_done() -> bool:
+            return bool((await execute(lab.pool, done))[0]["n"] == 2000)
+
+        await wait_for(all_done, "all have completed", seconds=60)
+
+
+async def test_a_worker_keeps_nothing_of_tasks_that_have_ended(lab: Lab) -> None:
+    async def parent(context: Any, input: Any) -> Any:
+        calls = [context.run_task("step", n) for n in range(3)]
+        await asyncio.gather(*calls, return_exceptions=True)
+        if input % 3 == 0:
+            await asyncio.gather(
+                context.run_task("broken", input),
+                context.run_task("parent", 1, is_durable=True),
+            )
+        if input % 3 == 1 and context.attempt == 1:
+            raise OSError("again")
+        return None
+
+    def sizes(worker: Any) -> dict[str, int]:
+        attributes = vars(worker).items()
+        return {name: len(value) for name, value in attributes if hasattr(value, "__len__")}
+
+    async def all_ended() -> bool:
+        return set(await statuses(lab.pool)) == {"COMPLETED", "FAILED"}
+
+    def objects_left() -> int:
+        gc.collect()
+        kinds = (lab.lesson.models.Task, lab.lesson.durable_context.DurableContext)
+        return sum(isinstance(thing, kinds) for thing in gc.get_objects())
+
+    worker = lab.worker(parent)
+    at_first = sizes(worker)
+    for n in range(60):
+        await lab.enqueue(parent, n, max_retries=1)
+    async with working(worker):
+        await wait_for(all_ended, "all tasks have ended")
+        await wait_for(lambda: at_first.items() <= sizes(worker).items(), "it has forgotten them")
+        # The variables of a loop that waits may still hold a few.
+        await wait_for(lambda: objects_left() <= 5, "the last of them are gone")
