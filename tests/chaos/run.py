@@ -49,7 +49,8 @@ class WorkerProcess:
 
     def is_ready(self) -> bool:
         """Whether it has begun to work."""
-        return "ready\n" in self.log.read_text()
+        with self.log.open() as file:
+            return "ready\n" in file.read(1000)
 
     def found_no_database(self) -> bool:
         """Whether it has ended as a program may if it does not get its first connection."""
@@ -159,11 +160,11 @@ class Chaos:
 
     # The faults.
 
-    def victim(self) -> WorkerProcess:
-        return self.random.choice([worker for worker in self.workers if not worker.told_to_end])
+    def victims(self) -> list[WorkerProcess]:
+        return [worker for worker in self.workers if worker.is_ready() and not worker.told_to_end]
 
     def kill_worker(self) -> None:
-        worker = self.victim()
+        worker = self.random.choice(self.victims())
         self.note(f"{worker.log.name}: SIGKILL")
         worker.process.kill()
         worker.process.wait()
@@ -172,7 +173,7 @@ class Chaos:
         self.done["workers killed"] += 1
 
     def stop_worker(self) -> None:
-        worker = self.victim()
+        worker = self.random.choice(self.victims())
         self.note(f"{worker.log.name}: SIGSTOP")
         worker.process.send_signal(signal.SIGSTOP)
         # Often it comes back when its tasks have been taken away but not been finished yet.
@@ -181,9 +182,7 @@ class Chaos:
         self.done["workers stopped for a while"] += 1
 
     def end_worker(self) -> None:
-        worker = self.victim()
-        if not worker.is_ready():
-            return  # before that, no status is promised
+        worker = self.random.choice(self.victims())
         self.note(f"{worker.log.name}: SIGTERM")
         worker.process.terminate()
         worker.told_to_end = True
@@ -246,7 +245,8 @@ class Chaos:
             due = min(self.options.orders, int(self.options.orders * 1.1 * (now - start) / seconds))
             self.enqueue(due - self.enqueued)
             self.look_after_workers()
-            if now >= next_fault:
+            # A fault that hits workers which are only just starting would be wasted.
+            if now >= next_fault and len(self.victims()) > self.options.workers / 2:
                 deck = deck or self.shuffled_faults()
                 deck.pop()()
                 pause = self.random.expovariate(2 / self.options.inactive_after)
