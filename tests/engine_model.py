@@ -232,7 +232,7 @@ class Model:
     def _reset(self, task: ModelTask) -> None:
         self._touch([task])
         self._queue(task)
-        task.output, task.finished = None, False
+        task.output, task.finished, task.overdue = None, False, None
         task.retry_count = task.lost_count = 0
 
     def _queue(self, task: ModelTask) -> None:

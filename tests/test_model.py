@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import asynccontextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields
+from datetime import datetime
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 from uuid import UUID
@@ -45,7 +46,7 @@ Rule = TypeVar("Rule", bound=Callable[..., None])
 
 SECONDS = float(os.environ.get("MODEL_SECONDS", "20"))
 ROUND = settings(
-    max_examples=20,
+    max_examples=10,
     stateful_step_count=60,
     deadline=None,
     print_blob=True,
@@ -437,7 +438,7 @@ class Engine(RuleBasedStateMachine):
     def requeue_lost(self, max_lost_workers: int, hold: bool) -> None:
         async def requeue(conn: Connection) -> list[Brief]:
             rows = self.queries.requeue_lost_tasks(
-                conn, inactive_after=INACTIVE_AFTER, max_lost_workers=max_lost_workers
+                conn, active_since=await self.active_since(), max_lost_workers=max_lost_workers
             )
             return sorted([brief_row(row) async for row in rows])
 
@@ -451,7 +452,7 @@ class Engine(RuleBasedStateMachine):
     def delete_inactive_workers(self) -> None:
         async def delete(conn: Connection) -> int:
             query = self.queries.delete_inactive_workers
-            return int(await query(conn, inactive_after=INACTIVE_AFTER))
+            return int(await query(conn, active_since=await self.active_since()))
 
         step = Step("delete_workers", delete, lambda model, held: model.delete_inactive_workers())
         self.do(step)
@@ -711,6 +712,12 @@ class Engine(RuleBasedStateMachine):
             keys[child.id] = row["key"]
         workers = {row["id"].int: row["age"] for row in await self.rows(AGES)}
         return Snapshot(tasks, logs, workers, event_ids, keys)
+
+    async def active_since(self) -> datetime:
+        """Who has not beaten since then is inactive."""
+        (row,) = await self.rows(f"SELECT now() - interval '{INACTIVE_AFTER} s' AS time")
+        time: datetime = row["time"]
+        return time
 
     async def rows(self, query: str) -> list[dict[str, Any]]:
         return await (await self.bench.main.execute(query.encode())).fetchall()
