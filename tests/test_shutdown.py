@@ -1,0 +1,186 @@
+"""How a worker ends: signals, the grace, and what becomes of its tasks."""
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import (
+    DEADLINE,
+    QUEUE,
+    QUICK,
+    ended,
+    enqueue,
+    execute,
+    finished,
+    get_task,
+    make_worker,
+    wait_for,
+    worker_process,
+    working,
+)
+from shared import Pool
+
+# The worker of lessons 05 and 06 is that of 04; see test_tables.py.
+pytestmark = [pytest.mark.since(4), pytest.mark.only(4, 7)]
+
+FOR_EVER = 3600.0
+
+
+async def enqueue_and_start(
+    pool: Pool, file: Path, name: str, seconds: float, **columns: Any
+) -> int:
+    """Enqueue a task of worker_process.py, and wait until it has started."""
+    id = await enqueue(pool, name, {"file": str(file), "seconds": seconds}, **columns)
+    await wait_for(file.exists, "the task has started")
+    return id
+
+
+async def check_put_back(pool: Pool, id: int) -> None:
+    """The task is queued, nothing is held against it, and no worker is left."""
+    row = await get_task(pool, id)
+    assert (row["status"], row["worker_id"], row["finished_at"]) == ("QUEUED", None, None)
+    assert (row["attempt"], row["retry_count"], row["lost_count"]) == (1, 0, 0)
+    assert await execute(pool, "SELECT id FROM workers") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_stops_the_claims_and_lets_a_running_task_end(
+    lesson: Any, pool: Pool, tmp_path: Path, number: signal.Signals
+) -> None:
+    async with worker_process(lesson, concurrency=1, SHUTDOWN_GRACE=DEADLINE) as process:
+        running = await enqueue_and_start(pool, tmp_path / "notes", "sleep", 1)
+        waiting = await enqueue(pool, "sleep", {"file": str(tmp_path / "no"), "seconds": 0})
+        process.send_signal(number)
+        assert await ended(process) == 0
+    row = await get_task(pool, running)
+    assert (row["status"], row["output"]) == ("COMPLETED", process.pid)
+    assert (await get_task(pool, waiting))["attempt"] == 0
+    assert await execute(pool, "SELECT id FROM workers") == []
+
+
+@pytest.mark.parametrize("name", ["sleep", "stubborn"])
+async def test_a_task_that_outlives_the_grace_goes_back_to_the_queue(
+    lesson: Any, pool: Pool, tmp_path: Path, name: str
+) -> None:
+    """A stubborn one, that ignores its cancellation, cannot keep the process from ending."""
+    file = tmp_path / "notes"
+    async with worker_process(lesson, SHUTDOWN_GRACE=0.3) as process:
+        id = await enqueue_and_start(pool, file, name, FOR_EVER)
+        process.send_signal(signal.SIGTERM)
+        assert await ended(process) == 0
+    assert ("ignores" in file.read_text()) == (name == "stubborn")
+    await check_put_back(pool, id)
+
+
+async def test_the_heart_beats_on_during_the_grace(
+    lesson: Any, pool: Pool, queries: Any, tmp_path: Path
+) -> None:
+    """Else another worker would take the tasks that have not ended yet."""
+    other = make_worker(lesson, pool, queries, **QUICK)
+    queue = "of the process"
+    process_of_its_own = worker_process(lesson, queue=queue, SHUTDOWN_GRACE=DEADLINE)
+    async with process_of_its_own as process, working(other):
+        grace = 3 * QUICK["INACTIVE_AFTER"]
+        id = await enqueue_and_start(pool, tmp_path / "notes", "sleep", grace, queue=queue)
+        process.send_signal(signal.SIGTERM)
+        assert await ended(process) == 0
+        row = await get_task(pool, id)
+    assert (row["status"], row["output"]) == ("COMPLETED", process.pid)
+    assert (row["attempt"], row["lost_count"]) == (1, 0)
+
+
+async def test_a_second_signal_ends_the_grace(lesson: Any, pool: Pool, tmp_path: Path) -> None:
+    async with worker_process(lesson, SHUTDOWN_GRACE=FOR_EVER) as process:
+        id = await enqueue_and_start(pool, tmp_path / "notes", "sleep", FOR_EVER)
+        process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.3)
+        assert process.returncode is None
+        process.send_signal(signal.SIGTERM)
+        await ended(process)
+    await check_put_back(pool, id)
+
+
+async def test_an_idle_worker_ends_on_a_signal(lesson: Any, pool: Pool) -> None:
+    async with worker_process(lesson) as process:
+
+        async def registered() -> bool:
+            return bool(await execute(pool, "SELECT id FROM workers"))
+
+        await wait_for(registered, "the worker is at work")
+        process.send_signal(signal.SIGTERM)
+        assert await ended(process) == 0
+    assert not await registered()
+
+
+async def test_cancelling_start_puts_tasks_back_without_a_grace(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    started = asyncio.Event()
+    cancelled = 0
+
+    async def endless(input: Any) -> Any:
+        nonlocal cancelled
+        started.set()
+        try:
+            await asyncio.sleep(FOR_EVER)
+        except asyncio.CancelledError:
+            cancelled += 1
+            raise
+
+    id = await enqueue(pool, "endless")
+    worker = make_worker(lesson, pool, queries, endless, SHUTDOWN_GRACE=FOR_EVER)
+    async with working(worker):
+        await started.wait()
+    assert cancelled == 1
+    await check_put_back(pool, id)
+
+
+async def test_a_signal_lets_start_return(lesson: Any, pool: Pool, queries: Any) -> None:
+    """And the handlers of before are back."""
+
+    async def echo(input: Any) -> Any:
+        return input
+
+    before = signal.getsignal(signal.SIGTERM)
+    start = asyncio.create_task(make_worker(lesson, pool, queries, echo).start(QUEUE))
+    await finished(pool, await enqueue(pool, "echo"))
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await asyncio.wait_for(start, DEADLINE) is None
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.only(4)
+@pytest.mark.xfail(
+    sys.version_info < (3, 12),
+    reason="bug: Python 3.11's asyncio.wait_for, in psycopg_pool, may swallow a cancellation",
+    strict=True,
+)
+async def test_cancelling_one_who_waits_for_a_connection_is_never_in_vain(pool: Pool) -> None:
+    """Else a worker that is cancelled just then goes on for ever."""
+    users = [asyncio.create_task(use_connections(pool)) for _ in range(2 * pool.max_size)]
+    try:
+        for n in range(200):
+            user = asyncio.create_task(use_connections(pool))
+            for _ in range(n % 50):
+                await asyncio.sleep(0)
+            user.cancel()
+            _, pending = await asyncio.wait({user}, timeout=5)
+            users.extend(pending)
+            assert not pending
+    finally:
+        while users:
+            for user in users:
+                user.cancel()
+            _, pending = await asyncio.wait(users, timeout=1)
+            users = list(pending)
+
+
+async def use_connections(pool: Pool) -> None:
+    while True:
+        async with pool.connection() as conn:
+            await conn.execute("SELECT 1")
