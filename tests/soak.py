@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from helpers import execute
+from helpers import execute, wait_for
 from lesson_loader import LESSONS, Lesson
 from shared import Pool, load_queries, open_pool, run
 
@@ -41,8 +41,11 @@ async def do(pool: Pool, task_name: str, count: int, is_durable: bool) -> int:
         *(QUEUE, task_name, is_durable, count),
     )
     open_tasks = "SELECT id FROM tasks WHERE queue = %s AND status IN ('QUEUED', 'RUNNING') LIMIT 1"
-    while await execute(pool, open_tasks, QUEUE):
-        await asyncio.sleep(0.2)
+
+    async def all_ended() -> bool:
+        return not await execute(pool, open_tasks, QUEUE)
+
+    await wait_for(all_ended, "all have ended", seconds=600)
     return int(psutil.Process().memory_info().rss)
 
 
