@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -31,6 +32,8 @@ from shared import Pool, open_connection
 
 # The worker of lessons 05 and 06 is that of 04; see test_tables.py.
 pytestmark = [pytest.mark.since(4), pytest.mark.only(4, 7)]
+
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="no such signals and subprocesses")
 
 INACTIVE_AFTER = QUICK["INACTIVE_AFTER"]
 
@@ -139,6 +142,7 @@ async def test_the_heart_beats_on_while_tasks_hold_all_connections_of_the_pool(
     assert {(row["status"], row["attempt"]) for row in rows} == {("COMPLETED", 1)}
 
 
+@POSIX
 @pytest.mark.flaw(3, reason="a task whose worker is killed stays RUNNING for ever")
 async def test_the_task_of_a_killed_worker_is_finished_by_another(
     lesson: Any, pool: Pool, queries: Any, tmp_path: Path
@@ -255,6 +259,7 @@ async def test_a_task_that_has_lost_too_many_workers_fails(
     assert (other["status"], other["lost_count"]) == ("COMPLETED", 2)
 
 
+@POSIX
 async def test_a_worker_that_was_stopped_and_comes_back_changes_nothing(
     lesson: Any, pool: Pool, queries: Any, tmp_path: Path
 ) -> None:

@@ -26,7 +26,11 @@ from helpers import (
 from shared import Pool
 
 # The worker of lessons 05 and 06 is that of 04; see test_tables.py.
-pytestmark = [pytest.mark.since(4), pytest.mark.only(4, 7)]
+pytestmark = [
+    pytest.mark.since(4),
+    pytest.mark.only(4, 7),
+    pytest.mark.skipif(sys.platform == "win32", reason="no such signals and subprocesses"),
+]
 
 FOR_EVER = 3600.0
 
@@ -169,7 +173,7 @@ async def test_cancelling_one_who_waits_for_a_connection_is_never_in_vain(pool: 
             for _ in range(n % 50):
                 await asyncio.sleep(0)
             user.cancel()
-            _, pending = await asyncio.wait({user}, timeout=5)
+            _, pending = await asyncio.wait({user}, timeout=3)
             users.extend(pending)
             assert not pending
     finally:

@@ -1,0 +1,242 @@
+"""The database goes away and comes back: nothing is lost or stuck, and no retry is spent."""
+
+import asyncio
+import os
+import signal
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from helpers import (
+    QUEUE,
+    QUICK,
+    enqueue,
+    execute,
+    finished,
+    get_task,
+    make_worker,
+    wait_for,
+    working,
+)
+from shared import EmbeddedPostgres, Pool, load_queries, open_connection, open_pool
+
+# The worker of lessons 05 and 06 is that of 04; see test_tables.py.
+pytestmark = [pytest.mark.since(4), pytest.mark.only(4, 7)]
+
+# Nobody is taken for inactive, so that whatever happens is the work of the poll loop.
+ALONE = QUICK | {"INACTIVE_AFTER": 3600.0}
+
+
+async def echo(input: Any) -> Any:
+    return input
+
+
+async def test_two_hundred_tasks_survive_connections_that_are_cut_all_the_time(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    runs: Counter[int] = Counter()
+    tasks = 200
+
+    async def pausing(input: Any) -> Any:
+        runs[input] += 1
+        await asyncio.sleep(0.02)
+        return input
+
+    for n in range(tasks):
+        await enqueue(pool, "pausing", n)
+    workers = [make_worker(lesson, pool, queries, pausing, concurrency=3, **ALONE) for _ in "ab"]
+    async with await open_connection(pool) as conn, working(*workers):
+        cuts = 0
+        while await unfinished(conn):
+            if cuts < 15:
+                cuts += 1
+                await cut_all_connections(conn)
+            await asyncio.sleep(0.1)
+        rows = await (await conn.execute("SELECT * FROM tasks")).fetchall()
+    assert {row["status"] for row in rows} == {"COMPLETED"}
+    assert {(row["retry_count"], row["lost_count"]) for row in rows} == {(0, 0)}
+    assert runs == Counter(range(tasks))
+
+
+async def unfinished(conn: Any) -> int:
+    cursor = await conn.execute(
+        "SELECT count(*) AS n FROM tasks WHERE status IN ('QUEUED', 'RUNNING')"
+    )
+    return int((await cursor.fetchone())["n"])
+
+
+async def cut_all_connections(conn: Any) -> None:
+    """All to this database, except this one."""
+    await conn.execute(
+        """
+        SELECT pg_terminate_backend(pid)
+        FROM pg_stat_activity
+        WHERE datname = current_database()
+          AND pid <> pg_backend_pid()
+        """
+    )
+
+
+# A claim that was committed although its answer got lost
+
+
+class LosesAnswers:
+    """A lesson's queries, with connections that are cut just after a claim was committed."""
+
+    def __init__(self, queries: Any, times: int) -> None:
+        self.queries = queries
+        self.times = times
+        self.lost: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.queries, name)
+
+    async def poll_tasks(self, conn: Any, **values: Any) -> AsyncIterator[Any]:
+        rows = [row async for row in self.queries.poll_tasks(conn, **values)]
+        if rows and len(self.lost) < self.times:
+            self.lost.append(rows)
+            await conn.close()
+            raise psycopg.OperationalError("server closed the connection unexpectedly")
+        for row in rows:
+            yield row
+
+
+async def test_a_claim_whose_answer_got_lost_is_put_back_by_the_worker_itself(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    losing = LosesAnswers(queries, times=2)
+    ids = [await enqueue(pool, "echo", n) for n in range(5)]
+    async with working(make_worker(lesson, pool, losing, echo, **ALONE)):
+        rows = [await finished(pool, id) for id in ids]
+    assert len(losing.lost) == 2
+    expected = ("COMPLETED", 3, 0, 0)
+    for row in rows:
+        counts = (row["attempt"], row["retry_count"], row["lost_count"])
+        assert (row["status"], *counts) == expected
+
+
+async def test_a_claim_that_is_committed_some_time_later_is_put_back_too(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    """No poll fails at that moment, so the worker has to look from time to time."""
+    release = asyncio.Event()
+
+    async def gated(input: Any) -> Any:
+        await release.wait()
+        return input
+
+    async with working(make_worker(lesson, pool, queries, gated, echo, **ALONE)):
+        known = await enqueue(pool, "gated")
+        await finished(pool, await enqueue(pool, "echo"))
+        unknown = await enqueue(pool, "echo", "late", queue="none")
+        await execute(
+            pool,
+            """
+            UPDATE tasks
+            SET status = 'RUNNING', attempt = 1, queue = %s, worker_id = (SELECT id FROM workers)
+            WHERE id = %s
+            """,
+            QUEUE,
+            unknown,
+        )
+        late = await finished(pool, unknown)
+        assert (await get_task(pool, known))["attempt"] == 1  # which it does know of
+        release.set()
+        await finished(pool, known)
+    assert (late["status"], late["output"]) == ("COMPLETED", "late")
+    assert (late["attempt"], late["retry_count"], late["lost_count"]) == (2, 0, 0)
+
+
+async def test_a_former_attempt_that_still_runs_does_not_hide_a_lost_claim(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    """It is the pair (id, attempt) that a worker knows or does not know."""
+    release = asyncio.Event()
+    inputs: list[Any] = []
+
+    async def gated(input: Any) -> Any:
+        inputs.append(input)
+        if len(inputs) == 1:
+            await release.wait()
+
+    id = await enqueue(pool, "gated")
+    async with working(make_worker(lesson, pool, queries, gated, **ALONE)):
+        await wait_for(lambda: inputs, "the first attempt has started")
+        await execute(pool, "UPDATE tasks SET attempt = 2 WHERE id = %s", id)
+        row = await finished(pool, id)
+        release.set()
+    assert (row["status"], row["attempt"]) == ("COMPLETED", 3)
+
+
+# The server itself
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddedPostgres]:
+    """A server that these tests may stop. Its directory has a short name, for its socket."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        server = EmbeddedPostgres(Path(directory))
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+@pytest.fixture
+async def own_pool(
+    lesson: Any, server: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Pool]:
+    """The lesson's pool on the server that may be stopped."""
+    monkeypatch.setenv("DATABASE_URL", server.url())
+    async with open_pool(lesson.path) as pool:
+        await execute(pool, "TRUNCATE tasks CASCADE")
+        yield pool
+
+
+def stop_server(server: EmbeddedPostgres, how: str) -> None:
+    """SIGINT is a fast stop, SIGQUIT an immediate one, after which it has to recover."""
+    os.kill(int(server.pid_file.read_text().split()[0]), signal.Signals[how])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Postgres is stopped by a signal")
+@pytest.mark.parametrize("how", ["SIGINT", "SIGQUIT"])
+async def test_a_worker_survives_a_restart_of_the_server(
+    lesson: Any, own_pool: Pool, server: EmbeddedPostgres, how: str
+) -> None:
+    """Tasks that end meanwhile have their results written when it is back."""
+    started: list[int] = []
+    release = asyncio.Event()
+
+    async def gated(input: Any) -> Any:
+        started.append(input)
+        await release.wait()
+        if input % 2:
+            raise ValueError("odd")
+        return input
+
+    pool = own_pool
+    ids = [await enqueue(pool, "gated", n) for n in range(10)]
+    waiting = [await enqueue(pool, "echo", n) for n in range(10)]
+    settings = ALONE | {"concurrency": 10}
+    worker = make_worker(lesson, pool, load_queries(lesson.path), gated, echo, **settings)
+    async with working(worker):
+        await wait_for(lambda: len(started) == 10, "all slots are taken")
+        stop_server(server, how)
+        await wait_for(lambda: not server.is_running(), "the server has stopped")
+        release.set()
+        await asyncio.sleep(0.5)
+        await asyncio.to_thread(server.url)  # starts it
+        rows = [await finished(pool, id) for id in ids]
+        others = [await finished(pool, id) for id in waiting]
+    assert [row["status"] for row in rows] == ["COMPLETED", "FAILED"] * 5
+    assert {row["status"] for row in others} == {"COMPLETED"}
+    for row in rows:
+        assert (row["attempt"], row["retry_count"], row["lost_count"]) == (1, 0, 0)
+    assert sorted(started) == list(range(10))
