@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -16,18 +18,26 @@ pytestmark = pytest.mark.since(5)
 SECONDS = 60  # far more than they are allowed to take, for a machine that is busy
 
 
-async def start(lesson: Any, *flags: str) -> Process:
-    """Start a lesson's main.py, in a process group of its own."""
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    return await asyncio.create_subprocess_exec(
+@asynccontextmanager
+async def program(lesson: Any, *flags: str) -> AsyncIterator[Process]:
+    """A lesson's main.py, in a process group of its own, of which nothing may be left behind."""
+    process = await asyncio.create_subprocess_exec(
         sys.executable,
         lesson.path / "main.py",
         *flags,
-        env=environment,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
         stdout=PIPE,
         stderr=PIPE,
         start_new_session=True,
     )
+    try:
+        yield process
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+            await process.communicate()
 
 
 async def end(process: Process) -> str:
@@ -37,13 +47,12 @@ async def end(process: Process) -> str:
     assert process.returncode == 0, err.decode()
     for word in (b"Traceback", b"Warning", b"WARNING", b"ERROR"):
         assert word not in err, err.decode()
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)  # has it left processes behind?
     return out.decode()
 
 
 async def demo(lesson: Any, *flags: str) -> str:
-    return await end(await start(lesson, *flags))
+    async with program(lesson, *flags) as process:
+        return await end(process)
 
 
 async def charges(pool: Pool) -> list[int]:
@@ -118,19 +127,17 @@ async def test_a_crash_a_retry_and_a_replay(lesson: Any, database: str) -> None:
 
 
 @pytest.mark.since(7)
-@pytest.mark.parametrize(
-    "how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name
-)
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
 async def test_an_order_that_was_stopped_half_way_is_finished_by_the_next_run(
     lesson: Any, pool: Pool, how: str
 ) -> None:
-    first = await start(lesson)
-    await wait_for(lambda: charges(pool), "the customer is charged", SECONDS)
-    first.send_signal(signal.Signals[how])
-    if how == "SIGKILL":
-        await first.communicate()
-    else:
-        await end(first)
+    async with program(lesson) as first:
+        await wait_for(lambda: charges(pool), "the customer is charged", SECONDS)
+        first.send_signal(signal.Signals[how])
+        if how == "SIGKILL":
+            await first.communicate()
+        else:
+            await end(first)
     assert [row["status"] for row in await orders(pool)] in (["QUEUED"], ["RUNNING"])
     await demo(lesson)
     (order,) = await orders(pool)

@@ -18,6 +18,7 @@ import pytest
 
 from durable_helpers import Lab
 from helpers import (
+    DEADLINE,
     QUEUE,
     ended,
     enqueue,
@@ -252,6 +253,32 @@ async def until_read(pool: Pool, id: int) -> dict[str, Any]:
             return await finished(pool, id)
         except psycopg.OperationalError:
             await asyncio.sleep(0.1)
+
+
+@pytest.mark.xfail(
+    sys.version_info < (3, 12),
+    strict=True,
+    reason="bug: wait_for, which the pool uses, swallows a cancellation that comes with the result",
+)
+async def test_a_cancellation_is_not_lost_while_a_connection_is_handed_over(pool: Pool) -> None:
+    """Or a busy worker would go on when it is told to end."""
+
+    async def client() -> None:
+        async with pool.connection():
+            pass
+        await asyncio.sleep(DEADLINE)
+
+    taken = [await pool.getconn() for _ in range(pool.max_size)]
+    waiting = asyncio.create_task(client())
+    await wait_for(lambda: pool.get_stats().get("requests_waiting"), "the client waits")
+    await pool.putconn(taken.pop())
+    waiting.cancel()
+    for conn in taken:
+        await pool.putconn(conn)
+    await asyncio.wait({waiting}, timeout=1)
+    was_cancelled = waiting.cancelled()
+    waiting.cancel()
+    assert was_cancelled
 
 
 # What waiting costs

@@ -429,9 +429,6 @@ async def test_an_attempt_may_do_more_than_the_one_before(lab: Lab) -> None:
     assert (await lab.run(parent, max_retries=2))["output"] == 3
 
 
-@pytest.mark.xfail(
-    strict=True, reason="bug: the events are counted, where their highest id is what matters"
-)
 async def test_an_event_that_is_left_over_is_noticed_although_one_before_it_is_missing(
     lab: Lab,
 ) -> None:

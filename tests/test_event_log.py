@@ -197,7 +197,7 @@ async def test_a_task_cannot_be_taken_while_its_owner_appends(log: Log) -> None:
     task = await log.new_task()
     async with log.pool.connection() as conn, conn.transaction():
         await log.append_on(conn, task)
-        free = await execute(log.pool, "SELECT id FROM tasks FOR UPDATE SKIP LOCKED")
+        free = await execute(log.pool, "SELECT id FROM tasks FOR NO KEY UPDATE SKIP LOCKED")
         assert task.id not in [row["id"] for row in free]
 
 
