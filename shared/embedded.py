@@ -95,8 +95,7 @@ class EmbeddedPostgres:
     def create(self) -> None:
         """Create the data directory. It gets its name when it is complete, or never."""
         logger.info("creating an embedded Postgres in %s, this once", self.directory)
-        for leftover in [self.data, *self.directory.glob("init-*")]:
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(self.data, ignore_errors=True)
         self.let_in()
         fresh = self.private_directory(prefix="init-", parent=self.directory)
         self.execute("initdb", "-D", fresh.name, "-U", "postgres", *INITDB_OPTIONS)
@@ -108,6 +107,8 @@ class EmbeddedPostgres:
         if version != str(utils.TARGET_POSTGRES_VERSION):
             raise OSError(f"its data is of Postgres {version}, not {utils.TARGET_POSTGRES_VERSION}")
         self.let_in()
+        for leftover in self.directory.glob("init-*"):  # of a creation that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         # The process id in these may be another program's by now, and keep Postgres from starting.
         for name in ["postmaster.pid", ".s.PGSQL.5432.lock"]:
             (self.data / name).unlink(missing_ok=True)

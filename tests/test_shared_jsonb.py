@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from psycopg.types.json import Jsonb
 
@@ -23,6 +23,7 @@ json_values = st.recursive(
 )
 
 
+@settings(max_examples=30)
 @given(json_values)
 def test_what_is_written_is_read_back(value: Any) -> None:
     assert loads(dumps(value)) == value

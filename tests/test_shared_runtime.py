@@ -188,8 +188,10 @@ run(main())
 """
 
 
-@pytest.mark.parametrize("caught", ["asyncio.CancelledError", "BaseException"])
-@pytest.mark.parametrize(("then", "status"), [("pass", 0), ("sys.exit(3)", 3)])
+@pytest.mark.parametrize(
+    ("caught", "then", "status"),
+    [("asyncio.CancelledError", "sys.exit(3)", 3), ("BaseException", "pass", 0)],
+)
 def test_a_task_that_ignores_its_cancellation_is_abandoned(
     caught: str, then: str, status: int
 ) -> None:
