@@ -155,8 +155,12 @@ class Chaos:
                 self.start_worker()
             if worker.found_no_database():
                 self.done["workers that found no database"] += 1
-            elif status != 0 or not worker.told_to_end:
+            elif not worker.told_to_end:
                 self.wrong.append(f"{worker.log.name} ended by itself with status {status}")
+            elif status != 0:
+                self.wrong.append(
+                    f"{worker.log.name} was told to end and did so with status {status}"
+                )
 
     # The faults.
 
@@ -282,10 +286,15 @@ class Chaos:
                 return
             self.look_after_workers()
             self.pause(0.1)
+        self.wait_until(self.who_was_told_has_ended, "all who were told to end have ended")
         self.wait_until(self.only_the_living_are_listed, "`workers` lists all who live, only them")
 
     def count(self, rows: str) -> int:
         return int(self.query(f"SELECT count(*) AS n FROM {rows}")[0]["n"])
+
+    def who_was_told_has_ended(self) -> bool:
+        self.look_after_workers()
+        return not any(worker.told_to_end for worker in self.workers)
 
     def only_the_living_are_listed(self) -> bool:
         self.look_after_workers()
@@ -303,14 +312,10 @@ class Chaos:
     def end_workers(self) -> None:
         """SIGTERM: all workers end with status 0, and their rows are gone."""
         for worker in self.workers:
-            worker.process.terminate()
-            worker.told_to_end = True
-
-        def all_have_ended() -> bool:
-            self.look_after_workers()
-            return not self.workers
-
-        self.wait_until(all_have_ended, "all workers have ended")
+            if not worker.told_to_end:  # a second signal would be for one that hangs
+                worker.process.terminate()
+                worker.told_to_end = True
+        self.wait_until(self.who_was_told_has_ended, "all workers have ended")
         for row in self.query("SELECT * FROM workers"):
             self.wrong.append(f"a worker that has ended but not left: {row}")
 
