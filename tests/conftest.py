@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from functools import cache
 from pathlib import Path
@@ -132,18 +133,29 @@ def queries(lesson: Lesson) -> Queries:
 
 
 @pytest.fixture(scope="session")
-def prepared_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared_directory() -> Iterator[Path]:
     """The directory of an embedded Postgres that does not run; for copying, which is quicker."""
-    server = EmbeddedPostgres(tmp_path_factory.mktemp("prepared") / "postgres")
-    server.start()
-    server.stop()
-    return server.directory
+    with tempfile.TemporaryDirectory() as place:
+        server = EmbeddedPostgres(Path(place) / "postgres")
+        server.start()
+        server.stop()
+        yield server.directory
 
 
 @pytest.fixture
-def directory(prepared_directory: Path, tmp_path: Path) -> Iterator[Path]:
+def place() -> Iterator[Path]:
+    """A temporary directory for servers that a test starts itself.
+
+    Not pytest's own: each run of pytest closes that again, in which root has let the user pgserver.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
+        yield Path(place)
+
+
+@pytest.fixture
+def directory(prepared_directory: Path, place: Path) -> Iterator[Path]:
     """A directory with an embedded Postgres, which is shut down at the end if it runs."""
-    directory = tmp_path / "postgres"
+    directory = place / "postgres"
     # With its owner, which is not the one of the test if that is root.
     subprocess.run(["cp", "-a", prepared_directory, directory], check=True)
     yield directory

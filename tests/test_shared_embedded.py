@@ -1,13 +1,9 @@
 """The embedded Postgres: started by the first user, stopped by the last, in spite of crashes."""
 
 import os
-import shutil
 import signal
-import stat
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -90,8 +86,8 @@ def test_the_last_user_stops_it(directory: Path) -> None:
     assert not EmbeddedPostgres(directory).is_running()
 
 
-def test_users_that_come_at_once_create_one_server(tmp_path: Path) -> None:
-    programs = [start_program(USER, tmp_path / "new") for _ in range(3)]
+def test_users_that_come_at_once_create_one_server(place: Path) -> None:
+    programs = [start_program(USER, place / "new") for _ in range(3)]
     ends = [outcome(program) for program in programs]
     assert [end.status for end in ends] == [0, 0, 0], ends
 
@@ -155,8 +151,8 @@ def test_any_path_will_do(name: str, directory: Path) -> None:
     assert socket_directory.exists() == (socket_directory == server.data)
 
 
-def test_an_interrupted_creation_is_begun_anew(tmp_path: Path) -> None:
-    directory = tmp_path / "it's new"
+def test_an_interrupted_creation_is_begun_anew(place: Path) -> None:
+    directory = place / "it's new"
     program = start_program(USER, directory)
     while not list(directory.glob("init-*/*")):
         assert program.poll() is None
@@ -174,13 +170,13 @@ def test_an_interrupted_creation_is_begun_anew(tmp_path: Path) -> None:
     assert list(directory.glob("init-*")) == []
 
 
-def test_a_copied_directory_is_another_server(directory: Path, tmp_path: Path) -> None:
+def test_a_copied_directory_is_another_server(directory: Path, place: Path) -> None:
     server = EmbeddedPostgres(directory)
     url = server.start()
     make_table(url)
     # A copy of a running server's files, its pid file among them.
-    subprocess.run(["cp", "-a", directory, tmp_path / "copy"], check=True)
-    copy = EmbeddedPostgres(tmp_path / "copy")
+    subprocess.run(["cp", "-a", directory, place / "copy"], check=True)
+    copy = EmbeddedPostgres(place / "copy")
     copy_url = copy.start()
     assert copy_url != url
     assert has_table(copy_url)
@@ -220,8 +216,8 @@ run(main())
 """
 
 
-def test_ctrl_c_does_not_stop_the_server_before_its_user(tmp_path: Path) -> None:
-    directory = tmp_path / "new"
+def test_ctrl_c_does_not_stop_the_server_before_its_user(place: Path) -> None:
+    directory = place / "new"
     with subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, directory],
         stdout=subprocess.PIPE,
@@ -249,30 +245,23 @@ def ordinary_user() -> int:
 
 
 @pytest.fixture
-def open_directory(ordinary_user: int) -> Iterator[Path]:
-    """A new directory of that user's, in a place where he may go."""
-    directory = Path(tempfile.mkdtemp())
-    os.chown(directory, ordinary_user, -1)
-    yield directory / "postgres"
-    shutil.rmtree(directory)
+def open_directory(place: Path, ordinary_user: int) -> Path:
+    """A directory, yet to be made, in a place that belongs to that user."""
+    os.chown(place, ordinary_user, -1)
+    return place / "open"
 
 
-def test_root_and_an_ordinary_user(
-    ordinary_user: int, open_directory: Path, directory: Path
-) -> None:
-    # Each with a server of his own, and the same temporary directory.
-    mine, his = User(directory), User(open_directory, user=ordinary_user)
-    assert his.end() == mine.end() == ""
-    # And root on that of the other.
-    User(open_directory).end()
-    User(open_directory, user=ordinary_user).end()
+def test_root_and_an_ordinary_user(ordinary_user: int, open_directory: Path) -> None:
+    # First the user, then root in the directory of the user, then the user again.
+    assert User(open_directory, user=ordinary_user).end() == ""
+    assert User(open_directory).end() == ""
+    assert User(open_directory, user=ordinary_user).end() == ""
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make what others may not enter")
 def test_the_directory_of_another_user_is_one_clear_line(
-    ordinary_user: int, directory: Path, tmp_path: Path
+    ordinary_user: int, directory: Path
 ) -> None:
-    for parent in [tmp_path, *tmp_path.parents]:
-        parent.chmod(parent.stat().st_mode | stat.S_IXOTH)
+    directory.parent.chmod(0o755)
     program = start_program(USER, directory, str(ordinary_user))
     assert "delete" in outcome(program).sole_error_line()
