@@ -16,12 +16,14 @@ import pytest
 from helpers import (
     QUEUE,
     QUICK,
+    ended,
     enqueue,
     execute,
     finished,
     get_task,
     make_worker,
     wait_for,
+    worker_process,
     working,
 )
 from shared import EmbeddedPostgres, Pool, load_queries, open_connection, open_pool
@@ -240,3 +242,27 @@ async def test_a_worker_survives_a_restart_of_the_server(
     for row in rows:
         assert (row["attempt"], row["retry_count"], row["lost_count"]) == (1, 0, 0)
     assert sorted(started) == list(range(10))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Postgres is stopped by a signal")
+async def test_a_worker_can_be_stopped_while_the_database_is_away(
+    lesson: Any, own_pool: Pool, server: EmbeddedPostgres, tmp_path: Path
+) -> None:
+    """It cannot put its task back, so another worker finds it lost."""
+    file = tmp_path / "notes"
+    id = await enqueue(own_pool, "sleep", {"file": str(file), "seconds": 3600})
+    async with worker_process(lesson, SHUTDOWN_GRACE=0.5) as process:
+        await wait_for(file.exists, "the task has started")
+        stop_server(server, "SIGINT")
+        await wait_for(lambda: not server.is_running(), "the server has stopped")
+        process.send_signal(signal.SIGTERM)
+        assert await ended(process) == 0
+
+    async def sleep(input: Any) -> Any:
+        return "by another"
+
+    await asyncio.to_thread(server.url)  # starts it
+    queries = load_queries(lesson.path)
+    async with working(make_worker(lesson, own_pool, queries, sleep, **QUICK)):
+        row = await finished(own_pool, id)
+    assert (row["output"], row["lost_count"], row["retry_count"]) == ("by another", 1, 0)

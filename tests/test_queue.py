@@ -19,7 +19,6 @@ from helpers import (
     make_worker,
     statuses,
     wait_for,
-    wait_for_status,
     working,
 )
 from shared import Pool
@@ -571,20 +570,30 @@ async def test_a_task_that_nobody_claims_before_its_schedule_timeout_fails(
         assert row["finished_at"] >= row["schedule_timeout_at"]
 
 
-async def enqueue_until(pool: Pool, task_name: str, delay: timedelta) -> int:
+async def enqueue_until(pool: Pool, task_name: str, delay: timedelta, **columns: Any) -> int:
     """Enqueue a task with a schedule timeout that far from now."""
-    (row,) = await execute(
+    id = await enqueue(pool, task_name, queue="not yet", **columns)
+    await execute(
         pool,
-        """
-        INSERT INTO tasks (queue, task_name, input, schedule_timeout_at)
-        VALUES (%s, %s, '{}', now() + %s)
-        RETURNING id
-        """,
+        "UPDATE tasks SET queue = %s, schedule_timeout_at = now() + %s WHERE id = %s",
         QUEUE,
-        task_name,
         delay,
+        id,
     )
-    return int(row["id"])
+    return id
+
+
+@pytest.mark.since(4)
+async def test_a_task_is_not_claimed_after_its_schedule_timeout(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    """Even if nobody has come to fail it yet."""
+    worker = make_worker(lesson, pool, queries, echo, HEARTBEAT_INTERVAL=NO_TICK)
+    async with working(worker):
+        await finished(pool, await enqueue(pool, "echo"))
+        late = await enqueue_until(pool, "echo", timedelta(seconds=-1))
+        await finished(pool, await enqueue(pool, "echo"))
+        assert (await get_task(pool, late))["attempt"] == 0
 
 
 @pytest.mark.since(4)
@@ -599,11 +608,22 @@ async def test_a_task_that_was_claimed_once_has_no_schedule_timeout_any_more(
             await execute(pool, "UPDATE tasks SET schedule_timeout_at = now() - INTERVAL '1 h'")
             raise ConnectionError("the mail server hung up")
 
-    id = await enqueue_until(pool, "flaky", timedelta(hours=1))
-    await execute(pool, "UPDATE tasks SET max_retries = 1")
+    id = await enqueue_until(pool, "flaky", timedelta(hours=1), max_retries=1)
     async with working(make_worker(lesson, pool, queries, flaky, **QUICK)):
         row = await finished(pool, id)
     assert (row["status"], row["attempt"]) == ("COMPLETED", 2)
+
+
+@pytest.mark.since(4)
+async def test_a_retry_may_wait_beyond_the_schedule_timeout(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    late = {"queue": "busy", "schedule_timeout_at": "2000-01-01"}
+    retry = await enqueue(pool, "echo", attempt=1, **late)
+    unclaimed = await enqueue(pool, "echo", **late)
+    async with working(make_worker(lesson, pool, queries, echo, **QUICK)):
+        assert (await finished(pool, unclaimed))["status"] == "FAILED"
+        assert (await get_task(pool, retry))["status"] == "QUEUED"
 
 
 # register
