@@ -159,11 +159,6 @@ async def test_a_signal_lets_start_return(lesson: Any, pool: Pool, queries: Any)
 
 
 @pytest.mark.only(4)
-@pytest.mark.xfail(
-    sys.version_info < (3, 12),
-    reason="bug: Python 3.11's asyncio.wait_for, in psycopg_pool, may swallow a cancellation",
-    strict=True,
-)
 async def test_cancelling_one_who_waits_for_a_connection_is_never_in_vain(pool: Pool) -> None:
     """Else a worker that is cancelled just then goes on for ever."""
     users = [asyncio.create_task(use_connections(pool)) for _ in range(2 * pool.max_size)]
