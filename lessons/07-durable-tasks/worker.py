@@ -383,7 +383,7 @@ class Worker:
     def _task_finished(self, row: dict[str, Any]) -> None:
         """Wake those who wait for this task, unless retry_task has queued it again meanwhile."""
         for finished, (_, child) in self._waits.items():
-            next_attempt = child.attempt + (child.status == "QUEUED")
+            next_attempt = child.attempt + (child.status == "QUEUED" and child.attempt > 0)
             if child.id == row["id"] and next_attempt <= row["attempt"] and not finished.done():
                 finished.set_result(Task(**row))
 
