@@ -4,8 +4,9 @@ The run is that of an order of two steps, of which the first charges a payment. 
 disturbance tells which points there are: before and after each statement, BEGIN and COMMIT, and
 each time that a connection is taken from the pool or given back. What is done there:
 
-    cancel   `start` is cancelled; another worker takes the order to its end
-    stop     the worker is told to stop, and what it awaits takes until after its next heartbeat
+    cancel   `start` is cancelled, and what has to be awaited all the same takes until after the
+             next heartbeat; another worker takes the order to its end
+    stop     the same, but the worker is told to stop
     lose     the connection breaks, before the statement or after it; the worker goes on by itself
     late     the connection breaks, and the statement is executed all the same, but later
     zombie   all of the worker stands still, another one takes the order over and completes it; then
@@ -151,12 +152,17 @@ class Run:
 
     async def do_cancel(self, point: Point, conn: Connection | None) -> None:
         self.start.cancel()
-        if point.phase == "after":
-            await asyncio.sleep(0)  # else it strikes while the statement is on its way
+        if point.phase == "before":
+            await self.next_beat(point)
+        else:
+            await asyncio.sleep(0)  # here it strikes
 
     async def do_stop(self, point: Point, conn: Connection | None) -> None:
-        """The heartbeat must go on as long as the worker has something to write."""
         self.worker.stop()
+        await self.next_beat(point)
+
+    async def next_beat(self, point: Point) -> None:
+        """The heartbeat must go on as long as the worker has something to write."""
         if point.name in OF_HEARTBEAT:
             return
         before = self.beats
