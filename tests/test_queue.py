@@ -520,9 +520,11 @@ async def test_a_function_that_never_ends_is_abandoned_after_its_timeout(
     next_id = await enqueue(pool, "echo", "next")
     settings = {"concurrency": 1, "SHUTDOWN_GRACE": 0.1}
     async with working(make_worker(lesson, pool, queries, endless, echo, **settings)):
-        row = await finished(pool, id)
-        next_row = await finished(pool, next_id)
-        gate.open.set()
+        try:
+            row = await finished(pool, id)
+            next_row = await finished(pool, next_id)
+        finally:
+            gate.open.set()  # or the test would not end either
     assert row["status"] == "FAILED"
     assert "timed out after" in row["output"]["error"]
     assert next_row["status"] == "COMPLETED"
