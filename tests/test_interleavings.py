@@ -107,6 +107,7 @@ class Run:
         self.queue = f"queue {next(numbers)}"
         self.watch = Watch(self.on_point)
         self.fired = False
+        self.is_over = False  # then the worker leaves, and is not disturbed any more
         self.complaint = ""
         self.beats = 0
         self.resume = asyncio.Event()
@@ -146,7 +147,7 @@ class Run:
             if self.late and point.name == "requeue_own_tasks":
                 operation, self.late = self.late, None
                 await operation()
-        if point == self.target and not self.fired:
+        if point == self.target and not self.fired and not self.is_over:
             self.fired = True
             await getattr(self, f"do_{self.disturb}")(point, conn)
 
@@ -218,8 +219,7 @@ class Run:
         await wait_for(lambda: self.start.done() or self.is_missed(), "the worker ends")
         with suppress(asyncio.CancelledError):
             await self.end()
-        owned = "SELECT FROM tasks WHERE worker_id = %s AND status = 'RUNNING'"
-        assert not await execute(self.shop.pool, owned, self.worker.id)
+        assert not await self.owned()
         await self.check_has_left()
         async with working(self.new_worker(), queue=self.queue):
             await self.completed()
@@ -262,6 +262,7 @@ class Run:
         assert row["status"] == "COMPLETED", row["output"]
 
     async def end(self) -> None:
+        self.is_over = True
         self.worker.stop()
         await self.start
 
@@ -325,7 +326,7 @@ class Run:
         return sum(row["lost_count"] for row in await self.tasks())
 
     async def check_has_left(self) -> None:
-        statement = "SELECT FROM workers WHERE id = %s"
+        statement = "SELECT id FROM workers WHERE id = %s"
         assert not await execute(self.shop.pool, statement, self.worker.id), "its row is left"
 
     async def check(self) -> None:

@@ -208,6 +208,14 @@ class Engine(RuleBasedStateMachine):
             if self.model.tasks[event.child].status == "FAILED"
         ]
 
+    def logged(self) -> list[tuple[Claim, int]]:
+        """Live claims, each with an event of its log."""
+        return [
+            (claim, event_id)
+            for claim in self.live_durable()
+            for event_id in range(1, len(self.model.logs[claim.id]) + 1)
+        ]
+
     def waiting(self) -> list[int]:
         """Unfinished tasks with a schedule timeout that has not passed."""
         tasks = [t for id, t in self.model.tasks.items() if id not in self.held_ids()]
@@ -357,17 +365,39 @@ class Engine(RuleBasedStateMachine):
     @has(live_durable)
     @rule(
         claim=pick(live_durable),
-        again=seldom,
         name=st.sampled_from(["step", "step", "order"]),
-        input=st.sampled_from([0, 0, 0, 1]),
+        input=st.integers(0, 1),
         hold=seldom,
         commit=st.booleans(),
     )
-    def append(
-        self, claim: Claim, again: bool, name: str, input: int, hold: bool, commit: bool
+    def append(self, claim: Claim, name: str, input: int, hold: bool, commit: bool) -> None:
+        event_id = len(self.model.logs[claim.id]) + 1
+        self.do(self.appending(claim, event_id, name, input), hold, commit)
+
+    @has(live_durable)
+    @precondition(lambda self: self.held is None)
+    @rule(claim=pick(live_durable), commit=st.booleans())
+    def append_twice_at_once(self, claim: Claim, commit: bool) -> None:
+        """The connection broke during COMMIT, and on the next one the first is still at work."""
+        event_id = len(self.model.logs[claim.id]) + 1
+        self.do(self.appending(claim, event_id, "step", 0), hold=True)
+        self.do(self.appending(claim, event_id, "step", 0), commit=commit)
+
+    @has(logged)
+    @rule(
+        claim_and_id=pick(logged),
+        change=st.sampled_from(["nothing", "nothing", "name", "input"]),
+        hold=seldom,
+        commit=st.booleans(),
+    )
+    def append_again(
+        self, claim_and_id: tuple[Claim, int], change: str, hold: bool, commit: bool
     ) -> None:
-        """The next event of the task, or one that the log has already."""
-        event_id = max(1, len(self.model.logs[claim.id]) + (0 if again else 1))
+        """An event that the log has already, or another one in its place."""
+        claim, event_id = claim_and_id
+        name, input, _ = self.model.logs[claim.id][event_id - 1]
+        name = "something else" if change == "name" else name
+        input = 7 if change == "input" else input
         self.do(self.appending(claim, event_id, name, input), hold, commit)
 
     @has(live_durable)
@@ -456,7 +486,7 @@ class Engine(RuleBasedStateMachine):
         """Steps are started, claimed, and fail: what retry_task is for."""
         task = self.model.tasks[claim.id]
         for _ in range(1 + twice):
-            self.append(claim, False, name, 0, False, True)
+            self.append(claim, name, 0, False, True)
         children = [event.child for event in self.model.logs[claim.id]]
         self.claim(claim.worker, (task.queue, name == "order"), 50, False)
         for child in self.live():
