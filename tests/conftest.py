@@ -50,6 +50,16 @@ def pytest_report_header() -> str:
     return f"postgres: {DESCRIPTIONS[server_kind()]}"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Start the server that the processes of pytest-xdist share, before it starts them."""
+    if session.config.getoption("tx", None) and not session.config.option.collectonly:
+        server_kind()  # chosen, and remembered, before the next line settles it for the others
+        server = running_server(server_kind(), os.environ)
+        os.environ["TEST_DATABASE_URL"] = server.__enter__()
+        session.config.add_cleanup(lambda: server.__exit__(None, None, None))
+
+
 def chosen_lessons(config: pytest.Config) -> list[Path]:
     paths: list[Path] | None = config.getoption("--lesson")
     return [path.resolve() for path in paths] if paths else all_lessons()

@@ -79,7 +79,19 @@ def run_sample(directory: Path, *lessons: Path) -> dict[str, str]:
     arguments = [f"--lesson={path}" for path in lessons]
     config = TESTS.parent / "pyproject.toml"
     end = subprocess.run(
-        [sys.executable, "-m", "pytest", "-rA", "-p", "conftest", "-c", config, *arguments, "."],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-n0",
+            "-rA",
+            "-p",
+            "conftest",
+            "-c",
+            config,
+            *arguments,
+            ".",
+        ],
         cwd=directory,
         env=os.environ | {"PYTHONPATH": str(TESTS), "PYTEST_ADDOPTS": "-p no:cacheprovider"},
         capture_output=True,
@@ -105,7 +117,7 @@ def test_which_tests_run_on_a_lesson(tmp_path: Path) -> None:
 def test_a_directory_that_is_no_lesson(name: str, tmp_path: Path) -> None:
     make_lesson(tmp_path, "my-copy")
     end = subprocess.run(
-        [sys.executable, "-m", "pytest", "--lesson", tmp_path / name],
+        [sys.executable, "-m", "pytest", "-n0", "--lesson", tmp_path / name],
         cwd=TESTS.parent,
         capture_output=True,
         text=True,
