@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -55,9 +56,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Start the server that the processes of pytest-xdist share, before it starts them."""
     if session.config.getoption("tx", None) and not session.config.option.collectonly:
         server_kind()  # chosen, and remembered, before the next line settles it for the others
-        server = running_server(server_kind(), os.environ)
-        os.environ["TEST_DATABASE_URL"] = server.__enter__()
-        session.config.add_cleanup(lambda: server.__exit__(None, None, None))
+        stack = ExitStack()
+        session.config.add_cleanup(stack.close)
+        url = stack.enter_context(running_server(server_kind(), os.environ))
+        os.environ["TEST_DATABASE_URL"] = url
 
 
 def chosen_lessons(config: pytest.Config) -> list[Path]:

@@ -8,6 +8,7 @@ each time that a connection is taken from the pool or given back. What is done t
              next heartbeat; another worker takes the order to its end
     stop     the same, but the worker is told to stop
     lose     the connection breaks, before the statement or after it; the worker goes on by itself
+    goodbye  the worker is told to stop during the charge, and then the connection breaks
     late     the connection breaks, and the statement is executed all the same, but later
     zombie   all of the worker stands still, another one takes the order over and completes it; then
              the first comes back
@@ -53,8 +54,7 @@ SEED = int(os.environ.get("INTERLEAVINGS_SEED") or random.randrange(10**6))
 SECONDS = 6.0  # for the points of one kind of disturbance, in a normal run
 AT_ONCE = 4
 
-# So slow that nothing but a wake-up can be what makes an undisturbed run go on.
-POLL_INTERVAL = 0.3
+POLL_INTERVAL = 0.1
 HEARTBEAT_INTERVAL = 0.1
 # No worker judges others here: the test takes their tasks from them, when it wants to.
 INACTIVE_AFTER = 1000.0
@@ -84,6 +84,7 @@ class Shop:
             return {"payment": key}
 
         async def send_confirmation_email(input: Any) -> Any:
+            await asyncio.sleep(1.5 * POLL_INTERVAL)  # the worker is to ask whether it has ended
             return "sent"
 
         worker = self.lesson.worker.Worker(pool, queries)
@@ -147,6 +148,9 @@ class Run:
             if self.late and point.name == "requeue_own_tasks":
                 operation, self.late = self.late, None
                 await operation()
+        if self.disturb == "goodbye" and point == Point("charge", 1, "after"):
+            self.watch.points.clear()
+            self.worker.stop()
         if point == self.target and not self.fired and not self.is_over:
             self.fired = True
             await getattr(self, f"do_{self.disturb}")(point, conn)
@@ -178,6 +182,8 @@ class Run:
             raise psycopg.OperationalError(f"injected {point}")
         raise PoolTimeout(f"injected {point}")
 
+    do_goodbye = do_lose
+
     async def do_late(self, point: Point, conn: Connection | None) -> None:
         """The statement is executed when the worker has just looked for what it does not know."""
         name, parameters = last_query.get()
@@ -203,7 +209,6 @@ class Run:
 
     async def after_nothing(self) -> None:
         await self.completed()
-        self.found = dict(self.watch.points)
         await self.end()
 
     async def after_lose(self) -> None:
@@ -226,6 +231,7 @@ class Run:
         assert await self.lost_count() == 0
 
     after_stop = after_cancel
+    after_goodbye = after_cancel
 
     async def after_zombie(self) -> None:
         """It comes back when all is done, and can change nothing."""
@@ -263,6 +269,7 @@ class Run:
 
     async def end(self) -> None:
         self.is_over = True
+        self.found = dict(self.watch.points)
         self.worker.stop()
         await self.start
 
@@ -354,7 +361,7 @@ class Run:
 
 def suits(disturb: str, point: Point, in_transaction: bool) -> bool:
     """Whether this can happen at that point."""
-    if disturb == "lose":
+    if disturb in ("lose", "goodbye"):
         return point.name not in ("putconn", "charge")
     if disturb == "late":
         is_statement = point.name not in NOT_STATEMENTS and not in_transaction
@@ -364,7 +371,7 @@ def suits(disturb: str, point: Point, in_transaction: bool) -> bool:
 
 async def points(shop: Shop, disturb: str) -> list[Point]:
     """Where to disturb, in random order."""
-    undisturbed = Run(shop, "nothing", None)
+    undisturbed = Run(shop, "goodbye" if disturb == "goodbye" else "nothing", None)
     await undisturbed.play()
     found = [p for p, inside in undisturbed.found.items() if suits(disturb, p, inside)]
     random.Random(SEED).shuffle(found)
@@ -388,7 +395,9 @@ def shop(lesson: Lesson, pool: Pool, queries: Queries, monkeypatch: pytest.Monke
 
 
 @pytest.mark.since(7)
-@pytest.mark.parametrize("disturb", ["cancel", "stop", "lose", "late", "zombie", "rival"])
+@pytest.mark.parametrize(
+    "disturb", ["cancel", "stop", "lose", "goodbye", "late", "zombie", "rival"]
+)
 async def test_an_order_is_completed_wherever_its_worker_is_disturbed(
     shop: Shop, disturb: str
 ) -> None:

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple, cast
 from psycopg import AsyncConnection
 from psycopg.pq import TransactionStatus
 from psycopg.rows import DictRow, dict_row
-from psycopg_pool import AsyncConnectionPool
 
 from shared import Connection, Pool, Queries
-from shared.database import use_strict_json
+from shared.database import CancellablePool, use_strict_json
 
 # The query that an asyncio task has called last, with its parameters.
 last_query: ContextVar[tuple[str, dict[str, Any]]] = ContextVar("last_query", default=("", {}))
@@ -66,7 +65,7 @@ class Watch:
         try:
             await self.on_point(point, conn)
         except asyncio.CancelledError:
-            if point.phase == "after":
+            if point.phase == "after" or point.name in OF_POOL:
                 raise
             # psycopg cannot be cancelled before it has sent something, so put that off until then.
             task = asyncio.current_task()
@@ -101,16 +100,16 @@ class WatchedConnection(AsyncConnection[DictRow]):
             return await super().wait(gen, *args, **kwargs)
 
 
-class WatchedPool(AsyncConnectionPool[Any]):
+class WatchedPool(CancellablePool):
     """A pool like another one, but watched; see `open_watched`."""
 
     watch: Watch
 
-    async def getconn(self, timeout: float | None = None) -> Any:  # noqa: ASYNC109
+    async def getconn(self, timeout: float | None = None) -> Connection:  # noqa: ASYNC109
         async with self.watch.around("getconn"):
             return await super().getconn(timeout)
 
-    async def putconn(self, conn: Any) -> None:
+    async def putconn(self, conn: Connection) -> None:
         async with self.watch.around("putconn"):
             await super().putconn(conn)
 
