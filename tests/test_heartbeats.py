@@ -218,6 +218,7 @@ async def test_a_worker_that_has_just_started_gives_others_time_to_beat(
     assert time.monotonic() - began >= 0.9 * INACTIVE_AFTER
 
 
+@pytest.mark.only(7)
 async def test_a_worker_that_was_out_of_touch_gives_others_time_to_beat(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:
@@ -300,6 +301,7 @@ async def test_a_worker_whose_row_was_deleted_registers_again_and_claims(
     assert (row["attempt"], row["lost_count"]) == (1, 0)
 
 
+@pytest.mark.only(7)
 async def test_nobody_loses_a_task_because_no_heartbeat_could_be_written(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:

@@ -81,6 +81,7 @@ async def test_a_task_that_outlives_the_grace_goes_back_to_the_queue(
     await check_put_back(pool, id)
 
 
+@pytest.mark.only(7)
 async def test_the_heart_beats_on_during_the_grace(
     lesson: Any, pool: Pool, queries: Any, tmp_path: Path
 ) -> None:
