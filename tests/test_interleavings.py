@@ -370,11 +370,12 @@ def suits(disturb: str, point: Point, in_transaction: bool) -> bool:
 
 
 async def points(shop: Shop, disturb: str) -> list[Point]:
-    """Where to disturb, in random order."""
+    """Where to disturb, in random order; the last ones are played first: those at statements."""
     undisturbed = Run(shop, "goodbye" if disturb == "goodbye" else "nothing", None)
     await undisturbed.play()
     found = [p for p, inside in undisturbed.found.items() if suits(disturb, p, inside)]
     random.Random(SEED).shuffle(found)
+    found.sort(key=lambda point: point.name not in (*OF_POOL, "release"))
     return found if WHICH in ("some", "all") else [p for p in found if str(p) == WHICH]
 
 
