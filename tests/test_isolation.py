@@ -164,11 +164,17 @@ def test_another_user_reaches_neither_files_nor_socket(own_server: EmbeddedPostg
     ]
     import pwd
 
-    nobody = pwd.getpwnam("nobody").pw_uid
+    nobody = pwd.getpwnam("nobody")
     for command in commands:
         assert subprocess.run(command).returncode == 0
         program = subprocess.run(
-            command, user=nobody, extra_groups=[], cwd="/", capture_output=True, text=True
+            command,
+            user=nobody.pw_uid,
+            group=nobody.pw_gid,
+            extra_groups=[],
+            cwd="/",
+            capture_output=True,
+            text=True,
         )
         assert program.returncode != 0
         assert "Permission denied" in program.stderr

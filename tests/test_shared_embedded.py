@@ -21,6 +21,7 @@ from pathlib import Path
 if len(sys.argv) > 2:
     # Only now, since the interpreter may be where that user may not go.
     os.setgroups([])
+    os.setgid(int(sys.argv[2]))
     os.setuid(int(sys.argv[2]))
 url = EmbeddedPostgres(Path(sys.argv[1])).start()
 psycopg.connect(url).close()
