@@ -1,0 +1,1 @@
+"""What each lesson costs and brings, measured: python tests/benchmarks/run.py"""
