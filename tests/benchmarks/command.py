@@ -3,14 +3,15 @@
 import argparse
 import asyncio
 import json
-import os
 import shutil
 import sys
 import tempfile
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
-from benchmarks import report
+from benchmarks import MANY_TASKS, report, scaled
+from benchmarks.growth import measure_growth
 from benchmarks.measure import (
     Book,
     measure_enqueue,
@@ -19,61 +20,84 @@ from benchmarks.measure import (
     measure_noop,
     measure_orders,
 )
-from benchmarks.stage import CONNECTIONS, Stage, database, open_stage
+from benchmarks.stage import Stage, database, open_stage
 from lesson_loader import all_lessons, lesson_number
 from shared import run
 
 ROUNDS = 5
-# For the test of this program, which wants to see it run, not its figures.
-SCALE = float(os.environ.get("BENCHMARK_SCALE", "1"))
+GROWTH_ROUNDS = 3
 
 
-def scaled(count: int) -> int:
-    return max(2, int(count * SCALE))
+def measurable() -> list[Path]:
+    """The lessons that have a worker."""
+    return [path for path in all_lessons() if (path / "worker.py").exists()]
 
 
-async def measure_round(book: Book, stages: list[Stage]) -> None:
+(FLOOR,) = (path for path in measurable() if lesson_number(path) == 3)
+
+
+async def measure_round(book: Book, floor: Stage, stages: list[Stage]) -> None:
     """Each thing once: noise that lasts longer than that hits all alike."""
-    first, last = stages[0], stages[-1]
-    tasks = scaled(5000)
-    await measure_floor(book, first, tasks, "noop_per_s", CONNECTIONS)
-    await measure_floor(book, first, tasks, "noop_per_s_1_connection", 1)
-    await measure_floor(book, last, tasks, f"noop_per_s_{last.number:02}", CONNECTIONS)
+    await measure_floor(book, floor)
     for stage in stages:
-        await measure_noop(book, stage, tasks)
-        await measure_enqueue(book, stage, scaled(500))
+        prefix = f"lessons.{stage.number:02}"
+        await stage.clear()
+        await measure_noop(book, prefix, stage, MANY_TASKS)
+        await stage.clear()
+        await measure_enqueue(book, prefix, stage, scaled(500))
         if stage.number >= 7:
-            await measure_orders(book, stage, scaled(1000))
+            await stage.clear()
+            await measure_orders(book, prefix, stage, scaled(1000))
 
 
 async def measure_latencies(book: Book, stages: list[Stage], count: int) -> None:
     """All lessons at once, since their workers are idle nearly all of the time."""
     async with asyncio.TaskGroup() as group:
         for stage in stages:
-            group.create_task(measure_idle(book, stage, count, "moment", stage.number))
+            prefix = f"lessons.{stage.number:02}"
+            group.create_task(measure_idle(book, prefix, stage, count, "moment"))
     for stage in stages:
         if stage.number >= 7:
-            await measure_idle(book, stage, count, "order", stage.number)
+            await measure_idle(book, f"lessons.{stage.number:02}", stage, count, "order")
+
+
+async def measure_all(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where and on what it was measured, and the figures."""
+    book, growth = Book(list), Book(list)
+    async with AsyncExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stages = {}
+        for path in {FLOOR, *options.lesson}:
+            # Copies, so that the lessons may be worked on meanwhile.
+            copy = shutil.copytree(path, place / path.name)
+            stages[path] = await stack.enter_async_context(open_stage(copy))
+        floor, chosen = stages[FLOOR], [stages[path] for path in options.lesson]
+        for number in range(1, ROUNDS + 1):
+            say(f"round {number} of {ROUNDS}")
+            await measure_round(book, floor, chosen)
+        say("latencies")
+        await measure_latencies(book, chosen, scaled(15 if options.quick else 50))
+        for number in range(1, 1 if options.quick else GROWTH_ROUNDS + 1):
+            await measure_floor(growth, floor)
+            for stage in chosen:
+                say(f"growth, round {number} of {GROWTH_ROUNDS}, lesson {stage.number:02}")
+                await measure_growth(growth, stage)
+        about, figures = await report.about(floor), report.figures(book)
+        return about, figures if options.quick else figures | {"growth": report.figures(growth)}
 
 
 async def measure(options: argparse.Namespace) -> None:
-    book = Book(list)
+    """Measure, and show and write the figures."""
     with database():
-        async with AsyncExitStack() as stack:
-            # A copy, so that the lessons may be worked on meanwhile.
-            place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            paths = [shutil.copytree(path, place / path.name) for path in options.lesson]
-            stages = [await stack.enter_async_context(open_stage(path)) for path in paths]
-            about = await report.about(stages[0])
-            for number in range(1, ROUNDS + 1):
-                print(f"round {number} of {ROUNDS}", file=sys.stderr, flush=True)
-                await measure_round(book, stages)
-            print("latencies", file=sys.stderr, flush=True)
-            await measure_latencies(book, stages, scaled(15 if options.quick else 50))
-    figures = report.figures(book)
-    report.show(figures)
+        about, figures = await measure_all(options)
+    report.show_all(about, figures)
     if options.json:
         options.json.write_text(json.dumps(about | figures, indent=2) + "\n", encoding="utf-8")
+
+
+def say(text: str) -> None:
+    """Tell how far it has come."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def lesson(text: str) -> Path:
@@ -82,10 +106,6 @@ def lesson(text: str) -> Path:
         if text.isdecimal() and lesson_number(path) == int(text):
             return path
     raise argparse.ArgumentTypeError(f"{text!r} is not the number of a lesson with a worker")
-
-
-def measurable() -> list[Path]:
-    return [path for path in all_lessons() if (path / "worker.py").exists()]
 
 
 def file(text: str) -> Path:

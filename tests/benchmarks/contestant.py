@@ -21,11 +21,18 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 from psycopg import AsyncConnection, AsyncCursor
 
-from benchmarks import floor
+from benchmarks import MANY_TASKS, QUEUE, floor
 from shared import Pool, load_queries, open_pool, run
 
-QUEUE = "benchmark"
 statements = 0
+cpu_before = 0.0
+calls = 0
+first_rss = 0
+
+
+def rss() -> int:
+    """The memory of this process that is in use, in bytes."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def count_statements() -> None:
@@ -46,6 +53,15 @@ def count_statements() -> None:
 
 async def noop(input: Any) -> None:
     """A task that does nothing."""
+    global calls, first_rss
+    calls += 1
+    if calls == MANY_TASKS:
+        first_rss = rss()
+
+
+async def echo(input: Any) -> Any:
+    """A task whose output is its input."""
+    return input
 
 
 async def moment(input: Any) -> int:
@@ -65,7 +81,7 @@ async def work(path: Path, pool: Pool, **settings: Any) -> None:
     import worker as lesson_worker  # type: ignore[import-not-found, unused-ignore]
 
     worker = lesson_worker.Worker(pool, load_queries(path), **settings)
-    for function in (noop, moment, order):
+    for function in (noop, echo, moment, order):
         worker.register(function.__name__, function)
     await begin(pool)
     await worker.start(QUEUE)
@@ -79,8 +95,9 @@ async def begin(pool: Pool) -> None:
         cursor = await conn.execute("SELECT extract(epoch FROM clock_timestamp())::FLOAT AS now")
         row = await cursor.fetchone()
     assert row
-    global statements
+    global statements, cpu_before
     statements = 0
+    cpu_before = time.process_time()
     print(row["now"], flush=True)
 
 
@@ -95,8 +112,13 @@ async def main() -> None:
             else:
                 await work(path, pool, **settings)
         finally:
-            rss = psutil.Process().memory_info().rss
-            print(json.dumps({"statements": statements, "rss": rss}), flush=True)
+            used = {
+                "statements": statements,
+                "cpu_us": (time.process_time() - cpu_before) * 1e6,
+                "first_rss": first_rss,
+                "rss": rss(),
+            }
+            print(json.dumps(used), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""The measurements, each of which is repeated and adds its figures to a Book."""
+"""The measurements that do not take long. Each adds what it has found to a Book."""
 
 import asyncio
 import random
 import time
 from collections import defaultdict
 
-from psycopg.types.json import Jsonb
+from benchmarks import CONNECTIONS, MANY_TASKS, QUEUE, SLOTS, scaled
+from benchmarks.floor import Floor
+from benchmarks.pgbench import pgbench
+from benchmarks.race import Run, begin, check, contestant, end, race
+from benchmarks.stage import Stage
 
-from benchmarks.contestant import QUEUE
-from benchmarks.stage import SLOTS, Run, Stage, begin, contestant, end, race
-
-Book = defaultdict[str, list[float]]
+# All values that were measured, by the name of the figure. A figure is a number, or a text.
+Book = defaultdict[str, list[float | str]]
 
 
 def slots(stage: Stage) -> dict[str, int]:
@@ -18,89 +20,91 @@ def slots(stage: Stage) -> dict[str, int]:
     return {"concurrency": SLOTS} if stage.number >= 3 else {}
 
 
-def note(book: Book, prefix: str, run: Run, of: str) -> None:
+def note(book: Book, prefix: str, run: Run, unit: str) -> None:
     """Write down what a run has cost, per task or per order."""
-    book[f"{prefix}.tx_per_{of}"].append(run.transactions)
-    book[f"{prefix}.statements_per_{of}"].append(run.statements)
-    book[f"{prefix}.wal_bytes_per_{of}"].append(run.wal_bytes)
+    for name, cost in run.costs.items():
+        book[f"{prefix}.{name}_per_{unit}"].append(cost)
 
 
-async def measure_floor(book: Book, stage: Stage, count: int, name: str, connections: int) -> None:
+async def measure_floor(book: Book, stage: Stage) -> None:
+    """The floor, and variants: one connection, connections that are kept, pgbench."""
+    variants = {
+        "": {"connections": CONNECTIONS, "keep": False},
+        "_1_connection": {"connections": 1, "keep": False},
+        "_kept": {"connections": CONNECTIONS, "keep": True},
+    }
+    for variant, settings in variants.items():
+        await stage.clear()
+        await stage.fill(MANY_TASKS)
+        run = await race(stage, MANY_TASKS, settings, "floor")
+        book[f"floor.noop{variant}_per_s"].append(run.per_s)
+        if not variant:
+            note(book, "floor", run, "task")
     await stage.clear()
-    await stage.fill(count)
-    run = await race(stage, count, {"connections": connections}, "floor")
-    book[f"floor.{name}"].append(run.per_s)
+    await stage.fill(MANY_TASKS)
+    if rate := await pgbench(stage, MANY_TASKS):
+        book["floor.pgbench_per_s"].append(rate)
+    await measure_single(book, stage)
 
 
-async def measure_noop(book: Book, stage: Stage, count: int) -> None:
-    """No-op tasks: all queued, then one worker."""
+async def measure_single(book: Book, stage: Stage) -> None:
+    """The floor of latencies: enqueue, claim and complete one task, then the next."""
     await stage.clear()
-    await stage.fill(count)
-    run = await race(stage, count, slots(stage))
-    prefix = f"lessons.{stage.number:02}"
+    floor = Floor(stage.path, QUEUE)
+    for _ in range(scaled(10)):
+        start = time.perf_counter()
+        await stage.create("noop")
+        (row,) = await (await stage.conn.execute(floor.claim_sql, floor.claim)).fetchall()
+        await stage.conn.execute(floor.complete_sql, floor.outcome | {"id": row["id"]})
+        book["floor.single_ms"].append((time.perf_counter() - start) * 1000)
+    await stage.flush()
+
+
+async def measure_noop(
+    book: Book, prefix: str, stage: Stage, tasks: int, text: str = "", processes: int = 1
+) -> Run:
+    """No-op tasks that are queued already: how quickly workers run them."""
+    await stage.fill(tasks, "echo" if text else "noop", text)
+    run = await race(stage, tasks, slots(stage), number=processes)
     book[f"{prefix}.noop_per_s"].append(run.per_s)
     note(book, prefix, run, "task")
+    return run
 
 
-async def measure_orders(book: Book, stage: Stage, count: int) -> None:
-    """Durable orders of two steps: all queued, then one worker."""
-    await stage.clear()
-    await stage.fill(count, "order")
-    run = await race(stage, count, slots(stage))
-    prefix = f"lessons.{stage.number:02}"
+async def measure_orders(book: Book, prefix: str, stage: Stage, orders: int) -> None:
+    """Durable orders of two no-op steps that are queued already: how quickly one runs them."""
+    await stage.fill(orders, "order")
+    run = await race(stage, orders, slots(stage))
     book[f"{prefix}.orders_per_s"].append(run.per_s)
     note(book, prefix, run, "order")
 
 
-async def create(stage: Stage, task_name: str) -> None:
-    """Enqueue one task with the lesson's own query."""
-    options = {
-        "max_retries": 0,
-        "timeout": None,
-        "schedule_timeout": None,
-        "priority": 1,
-        "is_durable": task_name == "order",
-    }
-    known = {
-        name: options[name] for name in options if name in stage.queries.create_task.parameters
-    }
-    await stage.queries.create_task(
-        stage.conn,
-        queue=QUEUE,
-        task_name=task_name,
-        input=Jsonb({}),
-        **{k: options[k] for k in known},
-    )
-
-
-async def measure_enqueue(book: Book, stage: Stage, count: int) -> None:
+async def measure_enqueue(book: Book, prefix: str, stage: Stage, tasks: int) -> None:
     """Enqueue with the lesson's own query: one by one, and all in one transaction."""
-    prefix = f"lessons.{stage.number:02}"
-    await stage.clear()
     start = time.perf_counter()
-    for _ in range(count):
-        await create(stage, "noop")
-    book[f"{prefix}.enqueue_per_s"].append(count / (time.perf_counter() - start))
+    for _ in range(tasks):
+        await stage.create("noop")
+    book[f"{prefix}.enqueue_per_s"].append(tasks / (time.perf_counter() - start))
     start = time.perf_counter()
     async with stage.conn.transaction():
-        for _ in range(count):
-            await create(stage, "noop")
-    book[f"{prefix}.enqueue_many_per_s"].append(count / (time.perf_counter() - start))
+        for _ in range(tasks):
+            await stage.create("noop")
+    book[f"{prefix}.enqueue_many_per_s"].append(tasks / (time.perf_counter() - start))
     await stage.flush()
 
 
-async def measure_idle(book: Book, stage: Stage, count: int, task_name: str, seed: int) -> None:
-    """An idle worker gets one task, or order, at a time, with random gaps between them."""
-    chance = random.Random(seed)
+async def measure_idle(book: Book, prefix: str, stage: Stage, tasks: int, task_name: str) -> None:
+    """An idle worker gets one task, or order, after the other, with random gaps between them."""
+    chance = random.Random(prefix)
     await stage.clear()
     sent: list[int] = []
     async with contestant(stage, "worker", slots(stage)) as process:
         await begin(process)
-        for _ in range(count):
+        for _ in range(tasks):
             await asyncio.sleep(chance.uniform(0.05, 1.1))
-            await create(stage, task_name)
+            await stage.create(task_name)
             sent.append(time.monotonic_ns())
-        await stage.wait_until_done()
+        await stage.wait_until_done(lambda: check([process]))
         await end(process)
     rows = await stage.rows(
         """
@@ -112,8 +116,7 @@ async def measure_idle(book: Book, stage: Stage, count: int, task_name: str, see
         task_name,
     )
     if task_name == "order":
-        book[f"lessons.{stage.number:02}.order_ms"] += [row["ms"] for row in rows]
+        book[f"{prefix}.order_ms"] += [row["ms"] for row in rows]
     else:
-        book[f"lessons.{stage.number:02}.start_ms"] += [
-            (row["output"] - at) / 1e6 for row, at in zip(rows, sent, strict=True)
-        ]
+        times = zip(rows, sent, strict=True)
+        book[f"{prefix}.start_ms"] += [(row["output"] - at) / 1e6 for row, at in times]

@@ -4,7 +4,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,14 +17,27 @@ from rich.table import Table
 from benchmarks.measure import Book
 from benchmarks.stage import Stage
 
-FLOOR = "floor.noop_per_s"
+COSTS = {
+    f"{cost}_per_{unit}": f"floor.{cost}_per_task"
+    for cost in ("tx", "statements", "wal_bytes", "cpu_us")
+    for unit in ("task", "order")
+}
+# Which figure of the floor another is compared with, by the end of its name.
+FLOORS = {
+    "_per_s": "floor.noop_per_s",
+    "_ms": "floor.single_ms",
+} | COSTS
+OF_A_FIGURE = ("_min", "_max", "_p95", "_ratio", "_ratio_min", "_ratio_max")
+# Without a terminal rich would assume a narrow one.
+CONSOLE = Console(width=None if sys.stdout.isatty() else 160)
 
 
 async def about(stage: Stage) -> dict[str, Any]:
-    """Where and when this is."""
+    """When and on what this is measured."""
     (row,) = await stage.rows(
         """
-        SELECT current_setting('server_version') AS postgres, current_setting('fsync') AS fsync,
+        SELECT current_setting('server_version') AS postgres,
+            current_setting('fsync') AS fsync,
             current_setting('synchronous_commit') AS synchronous_commit
         """
     )
@@ -43,55 +56,100 @@ def cpu() -> str:
     """The name of the CPU where the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):
+        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
 
-def summary(name: str, values: list[float]) -> Iterator[tuple[str, float]]:
-    yield name, statistics.median(values)
-    yield f"{name}_min", min(values)
-    yield f"{name}_max", max(values)
-    if name.endswith("_ms"):
-        yield f"{name}_p95", statistics.quantiles(values, n=20, method="inclusive")[-1]
-
-
 def figures(book: Book) -> dict[str, Any]:
-    """Median, minimum and maximum of all that is in the book, as nested dicts.
-
-    A rate is also given as a ratio to the floor of the same round.
-    """
+    """All figures of a book, as nested dicts."""
     found: dict[str, Any] = {}
-    ratios = {
-        f"{name.removesuffix('_per_s')}_ratio": [
-            value / floor for value, floor in zip(values, book[FLOOR], strict=True)
-        ]
-        for name, values in book.items()
-        if name.endswith("_per_s") and name != FLOOR
-    }
-    for path, values in (book | ratios).items():
+    for path, values in book.items():
         *parents, name = path.split(".")
         place = found
         for parent in parents:
             place = place.setdefault(parent, {})
-        place.update((key, round(value, 4)) for key, value in summary(name, values))
+        if isinstance(values[0], str):
+            place[name] = ", ".join(sorted(set(map(str, values))))
+        else:
+            place.update(summary(name, [float(value) for value in values]))
+            place.update(ratio(path, name, book))
     return found
 
 
-def show(figures: dict[str, Any]) -> None:
-    """Print the figures as tables."""
-    for title, place in [("the floor", {"": figures["floor"]}), ("lessons", figures["lessons"])]:
-        table = Table("", "figure", "median", "min", "max", "p95", title=title, box=box.SIMPLE_HEAD)
-        for number, values in place.items():
-            for name, value in values.items():
-                if f"{name}_min" in values:
-                    others = [values.get(f"{name}_{of}") for of in ("min", "max", "p95")]
-                    table.add_row(number, name, *map(text, [value, *others]))
-        Console(width=None if sys.stdout.isatty() else 120).print(table)
+def summary(name: str, values: list[float]) -> Iterator[tuple[str, float]]:
+    """Median, minimum and maximum; of latencies also the 95th percentile."""
+    yield name, short(statistics.median(values))
+    yield f"{name}_min", short(min(values))
+    yield f"{name}_max", short(max(values))
+    if name.endswith("_ms") and len(values) > 1:
+        p95 = statistics.quantiles(values, n=20, method="inclusive")[-1]
+        yield f"{name}_p95", short(p95)
 
 
-def text(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+def ratio(path: str, name: str, book: Book) -> Iterator[tuple[str, float]]:
+    """The ratio to the floor. Where there is one floor for each value it is that of its round."""
+    floor = next((floor for end, floor in FLOORS.items() if name.endswith(end)), "")
+    if path == floor or floor not in book:
+        return
+    floors = [float(value) for value in book[floor]]
+    if len(floors) != len(book[path]) or name.endswith("_ms"):
+        floors = [statistics.median(floors)] * len(book[path])
+    ratios = [float(value) / floor for value, floor in zip(book[path], floors, strict=True)]
+    # noop_per_s and noop_ratio, but start_ms and start_ms_ratio: the latter is not a rate.
+    yield from summary(f"{name.removesuffix('_per_s')}_ratio", ratios)
+
+
+def short(value: float) -> float:
+    """Five digits are more than any of these is good for."""
+    return float(f"{value:.5g}")
+
+
+def show_all(about: dict[str, Any], figures: dict[str, Any]) -> None:
+    """Print all tables."""
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    print("each figure: median (ratio to the floor), and below it minimum-maximum")
+    show("the floor, lesson 03", {"": figures["floor"]})
+    show("lesson", figures["lessons"])
+    for number, cases in figures.get("growth", {}).items():
+        if number != "floor":
+            show_growth(number, cases)
+
+
+def names(columns: Iterable[dict[str, Any]]) -> list[str]:
+    """The names of the figures themselves, in the order of their first appearance."""
+    found = dict.fromkeys(name for figures in columns for name in figures)
+    return [name for name in found if not name.endswith(OF_A_FIGURE)]
+
+
+def show(title: str, columns: dict[str, dict[str, Any]]) -> None:
+    """Print a table of figures: median and ratio to the floor, and below the range."""
+    table = Table(title, *columns, box=box.SIMPLE_HEAD)
+    for name in names(columns.values()):
+        table.add_row(name, *(cell(name, figures) for figures in columns.values()))
+    CONSOLE.print(table)
+
+
+def show_growth(number: str, cases: dict[str, dict[str, Any]]) -> None:
+    """The same with a row for each case, without the costs, which hardly differ."""
+    columns = [name for name in names(cases.values()) if not name.endswith(tuple(COSTS))]
+    table = Table(f"growth, lesson {number}", *columns, box=box.SIMPLE_HEAD)
+    for case, figures in cases.items():
+        table.add_row(case, *(cell(name, figures) for name in columns))
+    CONSOLE.print(table)
+
+
+def cell(name: str, figures: dict[str, Any]) -> str:
+    """One figure in a table."""
+    value = figures.get(name, "")
+    if isinstance(value, str):
+        return value
+    ratio = figures.get(f"{name.removesuffix('_per_s')}_ratio")
+    first = text(value) if ratio is None else f"{text(value)}  ({text(ratio)})"
+    p95 = figures.get(f"{name}_p95")
+    last = f"{text(figures[f'{name}_min'])}-{text(figures[f'{name}_max'])}"
+    return f"{first}\n{last}" if p95 is None else f"{first}\n{last}, p95 {text(p95)}"
+
+
+def text(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

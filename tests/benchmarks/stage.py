@@ -1,30 +1,39 @@
-"""Where it is measured: a database, the lessons' tables in it, and processes that work there."""
+"""Where it is measured: a database, and the lessons' tables in it."""
 
 import asyncio
-import json
 import os
-import sys
 import tempfile
 import time
-from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psycopg
+from psycopg.types.json import Jsonb
 
-from benchmarks.contestant import QUEUE
+from benchmarks import QUEUE
 from lesson_loader import lesson_number
 from server import new_database
 from shared import Connection, EmbeddedPostgres, Queries, load_queries, open_pool
 from shared.database import conninfo, explain
 from shared.schema import schema_name
 
-TESTS = Path(__file__).parents[1]
-SLOTS = 100
-CONNECTIONS = 10  # as many as the lessons' pool has at most
+# Looks at few rows, however many have finished.
+OPEN_TASKS = """
+SELECT EXISTS (
+    SELECT
+    FROM tasks
+    WHERE queue = %s AND status = 'QUEUED'
+) OR (
+    SELECT id
+    FROM tasks
+    WHERE status = 'RUNNING'
+    ORDER BY id DESC
+    LIMIT 1
+) IS NOT NULL AS is_open
+"""
 
 
 @contextmanager
@@ -64,17 +73,6 @@ class Used:
 
 
 @dataclass
-class Run:
-    """What processes have done in one run, and what that took."""
-
-    per_s: float
-    transactions: float
-    statements: float
-    wal_bytes: float
-    rss: int
-
-
-@dataclass
 class Stage:
     """One lesson, with a connection to its tables."""
 
@@ -91,49 +89,53 @@ class Stage:
         return await cursor.fetchall() if cursor.description else []
 
     async def clear(self) -> None:
+        """Leave no task behind."""
         await self.rows("TRUNCATE tasks RESTART IDENTITY CASCADE")
 
-    async def fill(self, count: int, task_name: str = "noop", size: int = 0) -> None:
-        """Queue that many tasks with an input of about `size` bytes."""
-        durable = ("is_durable, ", "true, ") if task_name == "order" else ("", "")
+    async def fill(self, count: int, task_name: str = "noop", text: str = "") -> None:
+        """Queue that many tasks in one statement."""
+        column, value = ("is_durable, ", "true, ") if task_name == "order" else ("", "")
         await self.rows(
             f"""
-            INSERT INTO tasks ({durable[0]}queue, task_name, input)
-            SELECT {durable[1]}%s, %s, jsonb_build_object('n', n, 'text', repeat('x', %s))
+            INSERT INTO tasks ({column}queue, task_name, input)
+            SELECT {value}%s, %s, jsonb_build_object('n', n, 'text', %s::TEXT)
             FROM generate_series(1, %s) AS n
             """,
-            *(QUEUE, task_name, size, count),
+            *(QUEUE, task_name, text, count),
         )
 
-    async def wait_until_done(self) -> None:
-        """Wait until no task of the queue waits or runs.
+    async def create(self, task_name: str) -> None:
+        """Enqueue one task with the lesson's own query."""
+        options = {
+            "max_retries": 0,
+            "timeout": None,
+            "schedule_timeout": None,
+            "priority": 1,
+            "is_durable": task_name == "order",
+        }
+        known = options.keys() & set(self.queries.create_task.parameters)
+        await self.queries.create_task(
+            self.conn,
+            queue=QUEUE,
+            task_name=task_name,
+            input=Jsonb({}),
+            **{name: options[name] for name in known},
+        )
+
+    async def wait_until_done(self, check: Callable[[], None]) -> None:
+        """Wait until no task of the queue waits or runs; `check` raises if that will never be.
 
         In one transaction, since transactions are counted, and mostly asleep.
         """
         async with self.conn.transaction():
             await self.rows("SET LOCAL enable_seqscan = off")  # there may be many finished tasks
-            is_open, pause = True, 0.0
-            while is_open:
-                await asyncio.sleep(pause)
+            while True:
                 start = time.monotonic()
-                (row,) = await self.rows(
-                    """
-                    SELECT EXISTS (
-                        SELECT
-                        FROM tasks
-                        WHERE queue = %s AND status = 'QUEUED'
-                    ) OR (
-                        SELECT id
-                        FROM tasks
-                        WHERE status = 'RUNNING'
-                        ORDER BY id DESC
-                        LIMIT 1
-                    ) IS NOT NULL AS is_open
-                    """,
-                    QUEUE,
-                )
-                is_open = row["is_open"]
-                pause = max(0.05, 20 * (time.monotonic() - start))
+                (row,) = await self.rows(OPEN_TASKS, QUEUE)
+                if not row["is_open"]:
+                    return
+                check()
+                await asyncio.sleep(max(0.05, 20 * (time.monotonic() - start)))
 
     async def flush(self) -> None:
         """Let Postgres count what has been done on this connection; else it may do so later."""
@@ -164,72 +166,3 @@ class Stage:
 async def open_stage(path: Path) -> AsyncIterator[Stage]:
     async with open_pool(path) as pool, pool.connection() as conn:
         yield Stage(path, conn, load_queries(path))
-
-
-@asynccontextmanager
-async def contestant(stage: Stage, kind: str, settings: dict[str, Any]) -> AsyncIterator[Process]:
-    """A process of contestant.py that is ready; killed at the end if it has not ended."""
-    arguments = ["-m", "benchmarks.contestant", kind, str(stage.path), json.dumps(settings)]
-    environment = os.environ | {"PYTHONPATH": str(TESTS)}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, *arguments, env=environment, stdin=PIPE, stdout=PIPE
-    )
-    try:
-        await line(process)
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-
-
-async def line(process: Process) -> str:
-    """The next line that a contestant writes."""
-    assert process.stdout is not None
-    text = (await process.stdout.readline()).decode()
-    if not text:
-        raise SystemExit("a process that was measured has ended before its time, see above")
-    return text
-
-
-async def begin(process: Process) -> float:
-    """Let a contestant begin; return when it did so, by the clock of Postgres."""
-    assert process.stdin is not None
-    process.stdin.write(b"go\n")
-    return float(await line(process))
-
-
-async def end(process: Process) -> dict[str, int]:
-    """Let a contestant end; return what it has used."""
-    process.terminate()
-    used: dict[str, int] = json.loads(await line(process))
-    await process.wait()
-    return used
-
-
-async def race(
-    stage: Stage, count: int, settings: dict[str, int], kind: str = "worker", number: int = 1
-) -> Run:
-    """Let some processes do what is queued; figures are per one of `count`."""
-    before = await stage.used()
-    async with AsyncExitStack() as stack:
-        contestants = [
-            await stack.enter_async_context(contestant(stage, kind, settings))
-            for _ in range(number)
-        ]
-        starts = await asyncio.gather(*map(begin, contestants))
-        await stage.wait_until_done()
-        ends = [await end(process) for process in contestants]
-    await stage.wait_until_closed([process.pid for process in contestants])
-    after = await stage.used()
-    (row,) = await stage.rows(
-        "SELECT extract(epoch FROM max(finished_at))::FLOAT AS at FROM tasks WHERE queue = %s",
-        QUEUE,
-    )
-    return Run(
-        per_s=count / (row["at"] - min(starts)),
-        transactions=(after.transactions - before.transactions) / count,
-        statements=sum(used["statements"] for used in ends) / count,
-        wal_bytes=(after.wal_bytes - before.wal_bytes) / count,
-        rss=max(used["rss"] for used in ends),
-    )
