@@ -1,0 +1,117 @@
+"""Are the READMEs true? Checks all of them, or those that are named.
+
+python tests/readmes.py check [README ...]     snippets, diffs, links, form, and outputs of commands
+python tests/readmes.py refresh [README ...]   run the commands, and write their outputs anew
+
+What a block may say and how it is checked is told in tests/readme_checks. With TEST_DATABASE_URL
+the commands use that server, otherwise one as in the tests.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+
+from readme_checks.consoles import Run, Script, run_problems, run_script, scripts
+from readme_checks.parsing import Problem, Readme, read_readme, readme_names
+from readme_checks.snippets import ledger_problems, snippet_problems
+from readme_checks.structure import link_problems, structure_problems
+from server import choose_server, docker_answers, running_server
+
+ROOT = Path(__file__).resolve().parent.parent
+PARALLEL = 4  # commands mostly wait
+
+
+def static_problems(readme: Readme) -> Iterator[Problem]:
+    """What can be seen without running anything."""
+    yield from snippet_problems(readme)
+    yield from ledger_problems(readme)
+    yield from link_problems(readme)
+    yield from structure_problems(readme)
+
+
+def script_problems(script: Script, server_url: str) -> list[Problem]:
+    """What is wrong with the commands of a README or of one of its answers."""
+    runs, problems = run_script(script, server_url)
+    for run in runs:
+        problems.extend(run_problems(script.readme, run))
+    return problems
+
+
+def check(readmes: list[Readme], server_url: str) -> int:
+    """Print what is wrong; return the number of problems."""
+    problems = list(chain.from_iterable(map(static_problems, readmes)))
+    todo = list(chain.from_iterable(map(scripts, readmes)))
+    with ThreadPoolExecutor(PARALLEL) as executor:
+        results = executor.map(lambda script: script_problems(script, server_url), todo)
+        problems += chain.from_iterable(results)
+    for problem in sorted(problems):
+        print(problem)
+    print(f"{len(readmes)} READMEs, {len(problems)} problems")
+    return len(problems)
+
+
+def refresh(readmes: list[Readme], server_url: str) -> int:
+    """Write outputs anew; print what remains to be done by hand, and return how much that is."""
+    problems: list[Problem] = []
+    for readme in readmes:
+        with ThreadPoolExecutor(PARALLEL) as executor:
+            results = list(executor.map(lambda s: run_script(s, server_url), scripts(readme)))
+        runs = [run for runs, _ in results for run in runs]
+        problems += chain.from_iterable(problems for _, problems in results)
+        changed = write_outputs(readme, runs)
+        print(f"{readme.name}: {len(changed)} blocks have changed")
+        for run in runs:
+            problems += run_problems(readme, run)
+            if run.block.line in changed and run.status:
+                print(f"{readme.name}:{run.command.line}: mind that this ended with {run.status}")
+    for problem in problems:
+        print(problem)
+    return len(problems)
+
+
+def write_outputs(readme: Readme, runs: list[Run]) -> set[int]:
+    """Renew the blocks in which an output differs; return the lines where they were.
+
+    A block that is still true keeps its times and names, so that nothing changes for no reason.
+    """
+    stale = {run.block.line for run in runs if run.command.shown and not run.comparison().is_same}
+    lines = list(readme.lines)
+    offset = 0
+    for run in sorted(runs, key=lambda run: run.command.line):
+        command = run.command
+        command.line += offset
+        if run.block.line in stale and command.shown:
+            start = run.block.line - 1 + command.first_shown + offset
+            end = start + len(command.shown)
+            offset -= len(command.shown)
+            command.shown = run.comparison().renewed()
+            offset += len(command.shown)
+            lines[start:end] = [(run.block.indent + line).rstrip() for line in command.shown]
+    path = readme.root / readme.name
+    if path.read_text(encoding="utf-8").splitlines() != readme.lines:
+        raise SystemExit(f"{readme.name} was edited meanwhile, and is left alone: try again")
+    if stale:
+        path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    return stale
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["check", "refresh"])
+    parser.add_argument("readmes", nargs="*", type=Path, metavar="README")
+    arguments = parser.parse_args()
+    names = [path.resolve().relative_to(ROOT).as_posix() for path in arguments.readmes]
+    readmes = [read_readme(ROOT, name) for name in names or readme_names(ROOT)]
+    command = check if arguments.what == "check" else refresh
+    with running_server(choose_server(os.environ, docker_answers), os.environ) as url:
+        sys.exit(1 if command(readmes, url) else 0)
+
+
+if __name__ == "__main__":
+    main()
