@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from contextlib import AsyncExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from benchmarks.stage import Stage, database, open_stage
 from lesson_loader import all_lessons, lesson_number
 from shared import run
 
-ROUNDS = 5
-GROWTH_ROUNDS = 3
+ROUNDS = scaled(5)
+QUICK_ROUNDS = scaled(4)
+GROWTH_ROUNDS = scaled(3)
 
 
 def measurable() -> list[Path]:
@@ -67,13 +69,14 @@ async def measure_all(options: argparse.Namespace) -> tuple[dict[str, Any], dict
     async with AsyncExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stages = {}
-        for path in {FLOOR, *options.lesson}:
+        for path in sorted({FLOOR, *options.lesson}):
             # Copies, so that the lessons may be worked on meanwhile.
             copy = shutil.copytree(path, place / path.name)
             stages[path] = await stack.enter_async_context(open_stage(copy))
         floor, chosen = stages[FLOOR], [stages[path] for path in options.lesson]
-        for number in range(1, ROUNDS + 1):
-            say(f"round {number} of {ROUNDS}")
+        rounds = QUICK_ROUNDS if options.quick else ROUNDS
+        for number in range(1, rounds + 1):
+            say(f"round {number} of {rounds}")
             await measure_round(book, floor, chosen)
         say("latencies")
         await measure_latencies(book, chosen, scaled(15 if options.quick else 50))
@@ -91,6 +94,10 @@ async def measure(options: argparse.Namespace) -> None:
     with database():
         about, figures = await measure_all(options)
     report.show_all(about, figures)
+    if options.svg:
+        from benchmarks import chart
+
+        chart.draw(options.svg, about, figures)
     if options.json:
         options.json.write_text(json.dumps(about | figures, indent=2) + "\n", encoding="utf-8")
 
@@ -124,5 +131,7 @@ def main(description: str | None) -> None:
     parser.add_argument("--svg", type=file, metavar="FILE", help="draw a chart")
     parser.add_argument("--lesson", type=lesson, nargs="+", metavar="NN", help="only these")
     options = parser.parse_args()
+    if options.svg and not find_spec("matplotlib"):
+        sys.exit("--svg needs matplotlib: pip install -e '.[benchmark]'")
     options.lesson = sorted(set(options.lesson or measurable()))
     run(measure(options))
