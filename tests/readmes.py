@@ -3,7 +3,7 @@
 python tests/readmes.py check [README ...]     snippets, diffs, links, form, and outputs of commands
 python tests/readmes.py refresh [README ...]   run the commands, and write their outputs anew
 
-What a block may say and how it is checked is told in tests/readme_checks. With TEST_DATABASE_URL
+With TEST_DATABASE_URL
 the commands use that server, otherwise one as in the tests.
 """
 
@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 
 from readme_checks.consoles import Run, Script, run_problems, run_script, scripts
+from readme_checks.diagrams import diagram_problems, mermaid_is_missing
 from readme_checks.parsing import Problem, Readme, read_readme, readme_names
 from readme_checks.snippets import ledger_problems, snippet_problems
 from readme_checks.structure import link_problems, structure_problems
@@ -31,6 +32,8 @@ def static_problems(readme: Readme) -> Iterator[Problem]:
     yield from ledger_problems(readme)
     yield from link_problems(readme)
     yield from structure_problems(readme)
+    if not mermaid_is_missing():
+        yield from diagram_problems(readme)
 
 
 def script_problems(script: Script, server_url: str) -> list[Problem]:
@@ -50,7 +53,9 @@ def check(readmes: list[Readme], server_url: str) -> int:
         problems += chain.from_iterable(results)
     for problem in sorted(problems):
         print(problem)
-    print(f"{len(readmes)} READMEs, {len(problems)} problems")
+    if reason := mermaid_is_missing():
+        print(f"diagrams were not checked: {reason}")
+    print(f"READMEs: {len(readmes)}, problems: {len(problems)}")
     return len(problems)
 
 

@@ -100,8 +100,9 @@ def read_readme(root: Path, name: str) -> Readme:
             readme.headings.append(Heading(int(token.tag[1]), plain_text(inline), line))
         elif token.type == "inline":
             readme.links.extend(inline_links(token, line))
+        elif token.type == "html_block":
+            readme.links.extend(html_links(token.content, line))
         if html := html_of(token):
-            readme.links.extend(html_links(html, line))
             readme.anchors.update(re.findall(r"<a\s+(?:id|name)=\"([^\"]+)\"", html))
             for tag in re.findall(r"</?details\b", html):
                 if (tag == "</details") == (answer is None):
@@ -142,7 +143,7 @@ def plain_text(inline: Token) -> str:
 
 
 def html_of(token: Token) -> str:
-    """The HTML in a token: all of it, or its tags between words."""
+    """The HTML in a token: all of it, or the tags between words."""
     if token.type == "html_block":
         return token.content
     children = token.children or []
@@ -153,6 +154,8 @@ def inline_links(token: Token, line: int) -> Iterator[Link]:
     for child in token.children or []:
         if child.type in ("softbreak", "hardbreak"):
             line += 1
+        if child.type == "html_inline":
+            yield from html_links(child.content, line)
         for attribute in ("href", "src"):
             if target := child.attrGet(attribute):
                 yield Link(str(target), line)

@@ -55,7 +55,7 @@ def code_problem(readme: Readme, block: Block) -> str | None:
     within = f"{readme.lesson.as_posix()}/" if readme.lesson else ""
     names = [name for name in repository_files(readme.root) if name.startswith(within)]
     files = [file_lines(readme.root / name) for name in names if not name.endswith(".md")]
-    if any(holds(lines, pieces) for lines in files):
+    if any(holds(lines, pieces, left_out=1) for lines in files):
         return None
     return f"no file {f'of {within}' if within else ''} has this block: {hint(files, pieces)}"
 
@@ -97,26 +97,30 @@ def file_lines(path: Path) -> Piece:
         return []  # an image
 
 
-def holds(lines: Piece, pieces: list[Piece]) -> bool:
-    """Whether the pieces stand in these lines, in order, all moved to the right by as much."""
+def holds(lines: Piece, pieces: list[Piece], *, left_out: int = 0) -> bool:
+    """Whether the pieces stand in these lines, in order, all moved to the right by as much.
+
+    Between two of them at least as many lines as `left_out`.
+    """
     first = pieces[0][0]
     indents = {line[: -len(first)] for line in lines if line.endswith(first)}
     return any(
-        follow(lines, [[indent + line if line else "" for line in piece] for piece in pieces])
+        follow(
+            lines, [[indent + line if line else "" for line in piece] for piece in pieces], left_out
+        )
         for indent in indents
         if not indent.strip()
     )
 
 
-def follow(lines: Piece, pieces: list[Piece]) -> bool:
-    """Whether the pieces stand in these lines, each after the one before and not right after it."""
+def follow(lines: Piece, pieces: list[Piece], left_out: int) -> bool:
     start = 0
     for piece in pieces:
         places = range(start, len(lines) - len(piece) + 1)
         place = next((at for at in places if lines[at : at + len(piece)] == piece), None)
         if place is None:
             return False
-        start = place + len(piece) + 1
+        start = place + len(piece) + left_out
     return True
 
 
@@ -192,13 +196,15 @@ def pair_problem(root: Path, old_name: str, new_name: str, hunks: list[Piece]) -
     )
     for name, here, there, signs in [(old_name, old, new, " -"), (new_name, new, old, " +")]:
         sides = [[line[1:].rstrip() for line in hunk if line[0] in signs] for hunk in hunks]
-        pieces = [piece for piece in map(without_blank_ends, sides) if piece]
-        if pieces and not holds(here, pieces):
-            lines = f"its lines with {signs[1]!r} or ' '"
-            return f"{lines} are not those of {name}: {hint([here], pieces)}"
-        for hunk, side in zip(hunks, sides, strict=True):
-            if any(line[0] == signs[1] for line in hunk) and follow(there, [side]):
-                return f"its lines with {signs[1]!r} are in both files: {side[0].strip()!r}, ..."
+        changed = [any(line[0] == signs[1] for line in hunk) for hunk in hunks]
+        pieces = [without_blank_ends(side) for side in sides]
+        filled = list(filter(None, pieces))
+        lines = f"its lines with {signs[1]!r} or ' '"
+        if filled and not holds(here, filled):
+            return f"{lines} are not those of {name}: {hint([here], filled)}"
+        for piece, is_changed in zip(pieces, changed, strict=True):
+            if is_changed and piece and holds(there, [piece]):
+                return f"{lines} are in both files: see {piece[0].strip()!r}"
     return None
 
 

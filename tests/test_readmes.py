@@ -1,0 +1,81 @@
+"""The READMEs are true: what they quote stands in the files, what they show is what is printed.
+
+`python tests/readmes.py check` tells the same, `refresh` writes outputs anew.
+"""
+
+import sys
+from collections.abc import Iterable
+
+import pytest
+
+from readme_checks.consoles import Script, scripts
+from readme_checks.diagrams import diagram_problems, mermaid_is_missing
+from readme_checks.parsing import Problem, Readme, read_readme, readme_names
+from readme_checks.snippets import LEDGER, ledger_problems, snippet_problems
+from readme_checks.structure import link_problems, structure_problems
+from readmes import ROOT, script_problems
+
+# The READMEs that are still to be written in the form that all are to have.
+NOT_YET = {
+    "README.md",
+    "lessons/01-prerequisites/README.md",
+    "lessons/02-simple-task-queue/README.md",
+    "lessons/03-limiting-concurrent-tasks/README.md",
+    "lessons/04-task-queue-improvements/README.md",
+    "lessons/05-durable-event-log/README.md",
+    "lessons/06-tracking-non-determinism/README.md",
+    "lessons/07-durable-tasks/README.md",
+}
+
+READMES = [read_readme(ROOT, name) for name in readme_names(ROOT)]
+CONVERTED = [readme for readme in READMES if readme.name not in NOT_YET]
+SCRIPTS = [script for readme in CONVERTED for script in scripts(readme)]
+
+each_readme = pytest.mark.parametrize("readme", READMES, ids=lambda readme: readme.name)
+each_converted = pytest.mark.parametrize("readme", CONVERTED, ids=lambda readme: readme.name)
+
+
+def assert_none(problems: Iterable[Problem]) -> None:
+    found = "\n".join(map(str, problems))
+    if found:
+        pytest.fail(
+            f"{found}\n(python tests/readmes.py refresh writes outputs anew)", pytrace=False
+        )
+
+
+@each_readme
+def test_snippets_and_diffs(readme: Readme) -> None:
+    assert_none(snippet_problems(readme))
+
+
+@each_converted
+def test_what_is_not_checked_is_listed(readme: Readme) -> None:
+    assert_none(ledger_problems(readme))
+
+
+def test_the_list_is_of_readmes_that_there_are() -> None:
+    names = {line.partition(" | ")[0] for line in LEDGER.read_text(encoding="utf-8").splitlines()}
+    assert names <= {readme.name for readme in READMES}
+
+
+@each_readme
+def test_links(readme: Readme) -> None:
+    assert_none(link_problems(readme))
+
+
+@each_converted
+def test_form(readme: Readme) -> None:
+    assert_none(structure_problems(readme))
+
+
+@each_readme
+def test_diagrams(readme: Readme) -> None:
+    if reason := mermaid_is_missing():
+        pytest.skip(reason)
+    assert_none(diagram_problems(readme))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the commands are for bash")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_commands(script: Script, server_url: str) -> None:
+    assert_none(script_problems(script, server_url))
