@@ -7,6 +7,10 @@ from typing import Any
 
 MAX_JSON_CHARACTERS = 2**28
 
+# Made once: making them takes longer than reading or writing a small value.
+# Without check_circular a circular value is simply one that nests for ever.
+ENCODER = json.JSONEncoder(allow_nan=False, check_circular=False)
+
 
 @dataclass(frozen=True)
 class UnreadableJson:
@@ -22,8 +26,7 @@ def dumps(value: object) -> str:
     MAX_JSON_CHARACTERS, TypeError for what JSON does not know.
     """
     try:
-        # Without check_circular a circular value is simply one that nests for ever.
-        text = json.dumps(value, allow_nan=False, check_circular=False)
+        text = ENCODER.encode(value)
     except RecursionError:
         raise ValueError("a JSON value is nested too deeply, or contains itself") from None
     if len(text) > MAX_JSON_CHARACTERS:
@@ -40,7 +43,7 @@ def loads(data: str | bytes) -> Any:
     psycopg reads a whole batch of rows at once: an exception here would lose them all.
     """
     try:
-        return json.loads(data, parse_float=_finite_float)
+        return DECODER.decode(data if isinstance(data, str) else data.decode())
     except Exception as error:
         return UnreadableJson(f"Python cannot read it: {error}")
 
@@ -51,3 +54,6 @@ def _finite_float(digits: str) -> float:
     if math.isinf(number):
         raise ValueError(f"a number of {len(digits)} characters is beyond the range of a float")
     return number
+
+
+DECODER = json.JSONDecoder(parse_float=_finite_float)

@@ -53,6 +53,7 @@ class Log:
         task_name: str = "charge",
         input: Any = None,
         kind: str = "TASK_STARTED",
+        is_new: bool = False,
     ) -> Any:
         async def create_child() -> int:
             self.children_created += 1
@@ -66,7 +67,8 @@ class Log:
         arguments: list[Any] = [task_name, input][: 2 * (self.lesson.number >= 6)]
         if self.lesson.number >= 7:
             arguments.append(create_child)
-        return await self.log.append(conn, task, event_id, kind, *arguments)
+        append = self.log.append_new if is_new else self.log.append
+        return await append(conn, task, event_id, kind, *arguments)
 
     async def append(self, task: Any, event_id: int = 1, *event: Any) -> Any:
         async with self.pool.connection() as conn, conn.transaction():
@@ -107,6 +109,24 @@ async def test_the_next_attempt_finds_what_the_one_before_recorded(log: Log) -> 
 async def test_two_tasks_do_not_share_a_log(log: Log) -> None:
     assert (await log.append(await log.new_task()))[1] is False
     assert (await log.append(await log.new_task()))[1] is False
+
+
+@pytest.mark.since(7)
+async def test_a_new_event_is_appended_without_a_search_but_by_the_owner_only(log: Log) -> None:
+    task = await log.new_task()
+    async with log.pool.connection() as conn, conn.transaction():
+        event, was_recorded = await log.append_on(conn, task, is_new=True)
+    assert was_recorded is False
+    again, was_recorded = await log.append(task)
+    assert (again, was_recorded) == (event, True)
+
+    await log.claim(task.id)
+    tasks = await execute(log.pool, "SELECT count(*) AS n FROM tasks")
+    with pytest.raises(log.lesson.errors.TaskNotOwnedError, match=f"task {task.id} "):
+        async with log.pool.connection() as conn, conn.transaction():
+            await log.append_on(conn, task, 2, is_new=True)
+    assert len(await log.rows()) == 1
+    assert await execute(log.pool, "SELECT count(*) AS n FROM tasks") == tasks
 
 
 @pytest.mark.since(7)

@@ -700,7 +700,7 @@ class Engine(RuleBasedStateMachine):
                 attempt=claim.attempt,
                 output=Jsonb(output),
             )
-            return [brief_row(row)] if row else []
+            return [brief_row(await self.queries.get_task(conn, id=row["id"]))] if row else []
 
         return Step(status, write, lambda model, held: model.end(claim, status, output))
 
@@ -739,8 +739,12 @@ class Engine(RuleBasedStateMachine):
     ) -> tuple[int, bool]:
         task = self.bench.lesson.models.Task(**self.claims[claim])
         log = self.bench.lesson.event_log.EventLog(self.queries)
+        # As the context does for every event of a first attempt; here for every other one.
+        is_over = self.model.tasks[claim.id].attempt > 1
+        is_new = self.held is None and (is_over or event_id > len(self.model.logs[claim.id]))
+        append = log.append_new if claim.attempt == 1 and is_new and event_id % 2 else log.append
         async with conn.transaction():
-            event, already_recorded = await log.append(
+            event, already_recorded = await append(
                 conn, task, event_id, "TASK_STARTED", name, input, create_child
             )
         return event.child_task_id, already_recorded

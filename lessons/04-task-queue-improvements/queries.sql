@@ -53,7 +53,7 @@ WHERE id = :id
   AND worker_id = :worker_id
   AND attempt = :attempt
   AND status = 'RUNNING'
-RETURNING *;
+RETURNING id, attempt, status, output;
 
 -- name: fail_task(id, worker_id, attempt, output)^
 UPDATE tasks
@@ -64,7 +64,7 @@ WHERE id = :id
   AND worker_id = :worker_id
   AND attempt = :attempt
   AND status = 'RUNNING'
-RETURNING *;
+RETURNING id, attempt, status, output;
 
 -- name: requeue_failed_task(id, worker_id, attempt, output)^
 -- A failure with retries left.
@@ -77,7 +77,7 @@ WHERE id = :id
   AND worker_id = :worker_id
   AND attempt = :attempt
   AND status = 'RUNNING'
-RETURNING *;
+RETURNING id, attempt, status, output;
 
 -- name: requeue_own_tasks(worker_id, ids, attempts)
 -- Put back what this worker owns and does not run: all but the (id, attempt) given.

@@ -29,7 +29,7 @@ CREATE INDEX tasks_queued ON tasks (queue, priority DESC, id)
 WHERE status = 'QUEUED';
 
 -- For those who look for the tasks of one worker.
-CREATE INDEX tasks_running ON tasks (worker_id)
+CREATE INDEX tasks_running ON tasks (worker_id, id)
 WHERE status = 'RUNNING';
 
 -- For those who look for tasks that nobody claimed in time.

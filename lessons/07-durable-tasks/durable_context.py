@@ -32,6 +32,7 @@ class DurableContext:
         self._task = task
         self._worker = worker
         self._last_event_id = 0
+        self._log_is_known = task.attempt == 1  # does it hold nothing but what we appended?
         self._appending = asyncio.Lock()
         self._callers: WeakSet[asyncio.Task[Any]] = WeakSet()
         self._ended = False
@@ -90,6 +91,9 @@ class DurableContext:
         """In one transaction, the event and its child; returns the child as it is now."""
         queries, task = self._worker.queries, self._task
         created: Task | None = None
+        # Until it has worked: if the answer to a commit gets lost, the event may be recorded.
+        is_new, self._log_is_known = self._log_is_known, False
+        append = EventLog(queries).append_new if is_new else EventLog(queries).append
         async with self._worker.pool.connection() as conn, conn.transaction():
 
             async def create_child() -> int:
@@ -105,10 +109,12 @@ class DurableContext:
                 created = Task(**row)
                 return created.id
 
-            event, _ = await EventLog(queries).append(
+            event, _ = await append(
                 conn, task, event_id, "TASK_STARTED", options["task_name"], input, create_child
             )
-            return created or Task(**await queries.get_task(conn, id=event.child_task_id))
+            child = created or Task(**await queries.get_task(conn, id=event.child_task_id))
+        self._log_is_known = is_new
+        return child
 
     async def check_log_is_used_up(self) -> None:
         """Raise NonDeterminismError if earlier attempts did more than this one, which is done."""

@@ -56,7 +56,7 @@ WHERE id = :id
   AND worker_id = :worker_id
   AND attempt = :attempt
   AND status = 'RUNNING'
-RETURNING *;
+RETURNING id, attempt, status, output;
 
 -- name: fail_task(id, worker_id, attempt, output)^
 UPDATE tasks
@@ -67,7 +67,7 @@ WHERE id = :id
   AND worker_id = :worker_id
   AND attempt = :attempt
   AND status = 'RUNNING'
-RETURNING *;
+RETURNING id, attempt, status, output;
 
 -- name: requeue_failed_task(id, worker_id, attempt, output)^
 -- A failure with retries left.
@@ -80,7 +80,7 @@ WHERE id = :id
   AND worker_id = :worker_id
   AND attempt = :attempt
   AND status = 'RUNNING'
-RETURNING *;
+RETURNING id, attempt, status, output;
 
 -- name: requeue_own_tasks(worker_id, ids, attempts)
 -- Put back what this worker owns and does not run: all but the (id, attempt) given.
@@ -204,9 +204,15 @@ FROM durable_events
 WHERE task_id = :task_id
 ORDER BY event_id;
 
--- name: append_event(task_id, event_id, kind, key, child_task_id)^
+-- name: append_event(task_id, worker_id, attempt, event_id, kind, key, child_task_id)^
 INSERT INTO durable_events (task_id, event_id, kind, key, child_task_id)
-VALUES (:task_id, :event_id, :kind, :key, :child_task_id)
+SELECT id, :event_id, :kind, :key, :child_task_id
+FROM tasks
+WHERE id = :task_id
+  AND worker_id = :worker_id
+  AND attempt = :attempt
+  AND status = 'RUNNING'
+FOR UPDATE
 RETURNING *;
 
 -- name: delete_events(task_id)!
@@ -214,7 +220,7 @@ DELETE FROM durable_events
 WHERE task_id = :task_id;
 
 -- name: get_finished_tasks(ids)
-SELECT *
+SELECT id, attempt, status, output
 FROM tasks
 WHERE id = ANY (:ids)
   AND status IN ('COMPLETED', 'FAILED');

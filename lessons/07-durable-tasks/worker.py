@@ -13,6 +13,7 @@ import socket
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 from contextlib import suppress
 from contextvars import ContextVar
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
@@ -76,8 +77,8 @@ class Worker:
         self._giving_up: dict[bool, asyncio.Future[None]]  # done when running tasks must not go on
         self._registered = asyncio.Event()  # set by the first heartbeat, or to stop
         self._beats_in_touch = 0  # heartbeats in a row that came in time
-        # Who waits for whom: the parent and the child, as it was when the wait began.
-        self._waits: dict[asyncio.Future[Task], tuple[Task, Task]] = {}
+        # Who waits for whom: by the child's id, the parents, and the child as each has seen it.
+        self._waits: dict[int, dict[asyncio.Future[Task], tuple[Task, Task]]] = {}
 
     def register(self, task_name: str, function: TaskFunction) -> None:
         """Let this function run the tasks called `task_name`; input and output are JSON values.
@@ -177,7 +178,8 @@ class Worker:
 
     def _free_slots(self, is_durable: bool) -> int:
         """A task that waits for a durable child has given its slot back, or they might all wait."""
-        parked = {(p.id, p.attempt) for p, child in self._waits.values() if child.is_durable}
+        waits = [wait for waits in self._waits.values() for wait in waits.values()]
+        parked = {(parent.id, parent.attempt) for parent, child in waits if child.is_durable}
         busy = [
             task
             for task in self._running.values()
@@ -359,14 +361,17 @@ class Worker:
                 await keep_trying(leave)
 
     async def wait_for_child(self, parent: Task, child: Task) -> Task:
-        """Wait until the child has finished; returns it as it is then."""
+        """Wait until the child has finished; returns it with its outcome."""
         finished: asyncio.Future[Task] = asyncio.get_running_loop().create_future()
-        self._waits[finished] = (parent, child)
+        waits = self._waits.setdefault(child.id, {})
+        waits[finished] = (parent, child)
         self._wake.set()  # there is a child to claim, and perhaps a slot
         try:
             return await finished
         finally:
-            del self._waits[finished]
+            del waits[finished]
+            if not waits:
+                del self._waits[child.id]
 
     async def _watch_children(self) -> None:
         """Ask for all awaited children in one query: other workers run some of them."""
@@ -376,16 +381,15 @@ class Worker:
                 continue
             with surviving_outage(f"worker {self.display_name}: cannot ask for children"):
                 async with self.pool.connection() as conn:
-                    ids = [child.id for _, child in self._waits.values()]
-                    async for row in self.queries.get_finished_tasks(conn, ids=ids):
+                    async for row in self.queries.get_finished_tasks(conn, ids=list(self._waits)):
                         self._task_finished(row)
 
     def _task_finished(self, row: dict[str, Any]) -> None:
         """Wake those who wait for this task, unless retry_task has queued it again meanwhile."""
-        for finished, (_, child) in self._waits.items():
+        for finished, (_, child) in self._waits.get(row["id"], {}).items():
             next_attempt = child.attempt + (child.status == "QUEUED" and child.attempt > 0)
-            if child.id == row["id"] and next_attempt <= row["attempt"] and not finished.done():
-                finished.set_result(Task(**row))
+            if next_attempt <= row["attempt"] and not finished.done():
+                finished.set_result(replace(child, **row))
 
     def _log(self, task: Task, what: str) -> None:
         log.info(
