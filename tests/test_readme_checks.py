@@ -1,5 +1,6 @@
 """The checks of the READMEs, on READMEs of a little repository, most of which are wrong."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from readme_checks.parsing import Readme, read_readme, slugs
 from readme_checks.snippets import ledger_problems, snippet_problems
 from readme_checks.structure import HEADINGS, link_problems, structure_problems
 from readmes import refresh, script_problems
+
+pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git tells which files there are")
 
 README = "lessons/02-b/README.md"
 OLD = """\
@@ -95,6 +98,7 @@ def test_code_that_is_right(text: str, root: Path) -> None:
         ("```python\npoll()\n", "not closed"),
         ("<details>\n```python\npoll()\n```\n</details>\n", "blank line"),
         ("<details>\n", "not closed"),
+        ("> ```text\n> a\n> ```\n", "on a line of its own"),
     ],
 )
 def test_code_that_is_wrong(text: str, message: str, root: Path) -> None:
@@ -253,6 +257,7 @@ def test_commands_that_do_as_shown(root: Path, server_url: str) -> None:
     [
         (["$ false"], "ended with 1"),
         (["$ exit 3", "..."], "ended with 3"),
+        (["$ echo 1; nowhere", "1", "..."], "ended with 127"),
         (["$ diff nothing nowhere"], "ended with 2"),
         (["$ echo 2", "1"], "  - 1\n  + 2"),
         (["$ true", "1"], "  - 1"),

@@ -27,7 +27,7 @@ from readme_checks.parsing import (
 from server import new_database
 
 DEADLINE = 180.0  # seconds for one command; generous, since only one that hangs ever reaches it
-HEREDOC = re.compile(r"<<-?\s*['\"]?(\w+)")
+HEREDOC = re.compile(r"(?<!<)<<-?\s*['\"]?([A-Za-z_]\w*)")
 
 # Python writes to a terminal line by line. Not with -u, which would split a line in two.
 SITECUSTOMIZE = "import sys\nsys.stdout.reconfigure(line_buffering=True)\n"
@@ -270,10 +270,11 @@ def run_problems(readme: Readme, run: Run) -> Iterator[Problem]:
     """What is wrong with the output that a README shows of a command, or with its absence."""
     command = run.command
     title = f"$ {command.text.splitlines()[0]}"
-    shows_output = any(not is_omission(line) for line in command.shown)
+    # A failure that is meant is shown, not hidden by what is left out.
+    shows_end = bool(command.shown) and not is_omission(command.shown[-1])
     if run.status is None:
         yield readme.problem(command.line, f"{title}\n  did not end within {DEADLINE:g} seconds")
-    elif run.status and not shows_output and not is_difference(command.text, run.status):
+    elif run.status and not shows_end and not is_difference(command.text, run.status):
         output = "\n".join(f"  {line}" for line in run.output[-20:] or ["(no output)"])
         yield readme.problem(command.line, f"{title}\n  ended with {run.status}:\n{output}")
     comparison = run.comparison()

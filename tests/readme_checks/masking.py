@@ -200,6 +200,8 @@ def place(
         rest = place(others, output, at + len(piece), more)
         if rest is not None:
             return [at, *rest]
+        if more == names:
+            return None  # further on there would only be less room for the others
     return None
 
 

@@ -95,6 +95,8 @@ def read_readme(root: Path, name: str) -> Readme:
         line = token.map[0] + 1 if token.map else 0
         if token.type == "fence":
             readme.blocks.append(parse_block(readme, token, answer))
+            if not readme.lines[line - 1].lstrip().startswith(token.markup):
+                readme.problems.append(readme.problem(line, "a block begins on a line of its own"))
         elif token.type == "heading_open":
             inline = tokens[number + 1]
             readme.headings.append(Heading(int(token.tag[1]), plain_text(inline), line))
