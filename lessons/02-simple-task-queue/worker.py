@@ -10,9 +10,9 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from models import Task
 from psycopg.types.json import Jsonb
 
+from models import Task
 from shared import Pool, Queries, UnreadableJson, error_text
 
 POLL_INTERVAL = 0.1  # seconds between two polls of an empty queue

@@ -7,12 +7,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from models import Task
 from psycopg.types.json import Jsonb
-from worker import Worker
 
+from models import Task
 from shared import load_queries, open_pool, run
 from shared.demo import show, wait_until
+from worker import Worker
 
 LESSON = Path(__file__).parent
 QUEUE = f"demo-{os.getpid()}"  # its own for each run, so that two at once do not mix

@@ -11,9 +11,9 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
-from models import Task
 from psycopg.types.json import Jsonb
 
+from models import Task
 from shared import Pool, Queries, UnreadableJson, error_text
 
 POLL_INTERVAL = 0.1  # seconds between two polls of an empty queue

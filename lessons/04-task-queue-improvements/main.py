@@ -9,13 +9,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from psycopg.types.json import Jsonb
+
 from errors import NonRetryableError
 from models import Task
-from psycopg.types.json import Jsonb
-from worker import Worker
-
 from shared import Pool, Queries, database_url, load_queries, open_pool, run
 from shared.demo import show, wait_until
+from worker import Worker
 
 LESSON = Path(__file__).parent
 QUEUE = f"demo-{os.getpid()}"  # its own for each run, so that two at once do not mix

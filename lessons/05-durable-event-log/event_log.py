@@ -5,7 +5,6 @@ It records that something was done and does not check yet that it was the same t
 
 from errors import TaskNotOwnedError
 from models import DurableEvent, Task
-
 from shared import Connection, Queries
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from errors import NonDeterminismError, TaskNotOwnedError
 from models import DurableEvent, Task
-
 from shared import Connection, Queries
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+from psycopg.types.json import Jsonb
+
 from errors import NonDeterminismError
 from event_log import EventLog
 from models import DurableEvent, Task
-from psycopg.types.json import Jsonb
-
 from shared import Pool, Queries, load_queries, open_pool, run
 from shared.demo import show
 

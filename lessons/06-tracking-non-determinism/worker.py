@@ -16,10 +16,10 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
-from errors import NonRetryableError, is_retryable
-from models import Task
 from psycopg.types.json import Jsonb
 
+from errors import NonRetryableError, is_retryable
+from models import Task
 from shared import (
     Connection,
     Pool,

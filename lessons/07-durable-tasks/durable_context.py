@@ -10,11 +10,11 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from psycopg.types.json import Jsonb
+
 from errors import ChildTaskError, NonDeterminismError
 from event_log import EventLog
 from models import Task
-from psycopg.types.json import Jsonb
-
 from shared import Pool, Queries, UnreadableJson, keep_trying
 
 if TYPE_CHECKING:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from psycopg.types.json import Jsonb
+
 from durable_context import DurableContext, replay_task, retry_task
 from models import DurableEvent, Task
-from psycopg.types.json import Jsonb
-from worker import Worker, current_task
-
 from shared import Pool, Queries, database_url, load_queries, open_pool, run
 from shared.demo import show, wait_until
+from worker import Worker, current_task
 
 LESSON = Path(__file__).parent
 

@@ -18,11 +18,11 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
+from psycopg.types.json import Jsonb
+
 from durable_context import DurableContext
 from errors import ChildTaskError, NonRetryableError, is_retryable, leaves
 from models import Task
-from psycopg.types.json import Jsonb
-
 from shared import (
     Connection,
     Pool,
