@@ -127,7 +127,7 @@ def parse_block(readme: Readme, token: Token, answer: int | None) -> Block:
     assert token.map
     first, end = token.map
     opening = readme.lines[first]
-    closing = readme.lines[end - 1].strip()
+    closing = readme.lines[end - 1].strip("> ")
     return Block(
         info=" ".join(token.info.split()),
         lines=token.content.splitlines(),
