@@ -3,17 +3,18 @@
 python tests/readmes.py check [README ...]     snippets, diffs, links, form, and outputs of commands
 python tests/readmes.py refresh [README ...]   run the commands, and write their outputs anew
 
-With TEST_DATABASE_URL
+tests/readme_checks/__init__.py tells how a README is to be written for that. With TEST_DATABASE_URL
 the commands use that server, otherwise one as in the tests.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from readme_checks.consoles import Run, Script, run_problems, run_script, scripts
 from readme_checks.diagrams import diagram_problems, mermaid_is_missing
@@ -23,7 +24,8 @@ from readme_checks.structure import link_problems, structure_problems
 from server import choose_server, docker_answers, running_server
 
 ROOT = Path(__file__).resolve().parent.parent
-PARALLEL = 4  # commands mostly wait
+PARALLEL = 4
+Result = TypeVar("Result")
 
 
 def static_problems(readme: Readme) -> Iterator[Problem]:
@@ -44,13 +46,21 @@ def script_problems(script: Script, server_url: str) -> list[Problem]:
     return problems
 
 
+def in_parallel(function: Callable[[Script], Result], todo: list[Script]) -> list[Result]:
+    """The results of a function for all scripts, which mostly wait."""
+    executor = ThreadPoolExecutor(PARALLEL)
+    try:
+        return list(executor.map(function, todo))
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
 def check(readmes: list[Readme], server_url: str) -> int:
     """Print what is wrong; return the number of problems."""
     problems = list(chain.from_iterable(map(static_problems, readmes)))
     todo = list(chain.from_iterable(map(scripts, readmes)))
-    with ThreadPoolExecutor(PARALLEL) as executor:
-        results = executor.map(lambda script: script_problems(script, server_url), todo)
-        problems += chain.from_iterable(results)
+    results = in_parallel(lambda script: script_problems(script, server_url), todo)
+    problems += chain.from_iterable(results)
     for problem in sorted(problems):
         print(problem)
     if reason := mermaid_is_missing():
@@ -61,19 +71,23 @@ def check(readmes: list[Readme], server_url: str) -> int:
 
 def refresh(readmes: list[Readme], server_url: str) -> int:
     """Write outputs anew; print what remains to be done by hand, and return how much that is."""
-    problems: list[Problem] = []
+    todo = list(chain.from_iterable(map(scripts, readmes)))
+    results = in_parallel(lambda script: run_script(script, server_url), todo)
+    problems = list(chain.from_iterable(problems for _, problems in results))
     for readme in readmes:
-        with ThreadPoolExecutor(PARALLEL) as executor:
-            results = list(executor.map(lambda s: run_script(s, server_url), scripts(readme)))
-        runs = [run for runs, _ in results for run in runs]
-        problems += chain.from_iterable(problems for _, problems in results)
+        runs = [
+            run
+            for script, (runs, _) in zip(todo, results, strict=True)
+            for run in runs
+            if script.readme is readme
+        ]
         changed = write_outputs(readme, runs)
-        print(f"{readme.name}: {len(changed)} blocks have changed")
+        print(f"{readme.name}: blocks changed: {len(changed)}")
         for run in runs:
             problems += run_problems(readme, run)
             if run.block.line in changed and run.status:
                 print(f"{readme.name}:{run.command.line}: mind that this ended with {run.status}")
-    for problem in problems:
+    for problem in sorted(problems):
         print(problem)
     return len(problems)
 
@@ -111,6 +125,9 @@ def main() -> None:
     parser.add_argument("what", choices=["check", "refresh"])
     parser.add_argument("readmes", nargs="*", type=Path, metavar="README")
     arguments = parser.parse_args()
+    for path in arguments.readmes:
+        if not path.is_file() or ROOT not in path.resolve().parents:
+            parser.error(f"{path} is not a README of this repository")
     names = [path.resolve().relative_to(ROOT).as_posix() for path in arguments.readmes]
     readmes = [read_readme(ROOT, name) for name in names or readme_names(ROOT)]
     command = check if arguments.what == "check" else refresh
@@ -119,4 +136,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

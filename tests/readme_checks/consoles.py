@@ -25,6 +25,7 @@ from readme_checks.parsing import (
     without_blank_ends,
 )
 from server import new_database
+from shared import EmbeddedPostgres
 
 DEADLINE = 180.0  # seconds for one command; generous, since only one that hangs ever reaches it
 HEREDOC = re.compile(r"(?<!<)<<-?\s*['\"]?([A-Za-z_]\w*)")
@@ -165,6 +166,9 @@ class Sandbox:
         """End whatever still runs."""
         os.killpg(self.keeper.pid, signal.SIGKILL)
         self.keeper.communicate()
+        server = EmbeddedPostgres(self.copy / ".postgres")  # of commands without DATABASE_URL
+        if server.is_running():
+            server.shut_down()
 
     def run_block(self, block: Block) -> Iterator[Run]:
         """Run the commands of a block, as long as each comes to an end."""

@@ -47,6 +47,8 @@ class Masked(NamedTuple):
 Piece = list[tuple[int, Masked]]
 START, END = Masked("<start>"), Masked("<end>")
 MAX_LINES = 40
+CONTEXT = 3
+FAR = "  (...)"
 
 
 def mask(line: str) -> Masked:
@@ -98,7 +100,7 @@ class Comparison:
         if not any(line[0] in "+-" for line in lines):
             lines = ["  who is who differs (process ids, hex numbers); the output is:"]
             lines += plus([line for line in self.output if mask(line).names])
-        return lines
+        return near_changes(lines)
 
     def report_unordered(self) -> list[str]:
         missing = [f"- {line}" for line in self.missing()]
@@ -128,6 +130,19 @@ def plus(lines: list[str]) -> list[str]:
     """Lines as additions in a diff, of which nobody reads more than MAX_LINES."""
     rest = len(lines) - MAX_LINES
     return [f"+ {line}" for line in lines[:MAX_LINES]] + ([f"+ ({rest} more)"] if rest > 0 else [])
+
+
+def near_changes(lines: list[str]) -> list[str]:
+    """A diff without what is far from all changes."""
+    changes = [number for number, line in enumerate(lines) if line[0] in "+-"]
+    near = {change + offset for change in changes for offset in range(-CONTEXT, CONTEXT + 1)}
+    kept: list[str] = []
+    for number, line in enumerate(lines):
+        if number in near:
+            kept.append(line)
+        elif kept[-1:] != [FAR]:
+            kept.append(FAR)
+    return kept
 
 
 def compare(shown: list[str], output: list[str], *, unordered: bool = False) -> Comparison:
