@@ -12,21 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import MANY_TASKS, report, scaled
+from benchmarks.book import Book
 from benchmarks.growth import measure_growth
 from benchmarks.measure import (
-    Book,
     measure_enqueue,
     measure_floor,
     measure_idle,
     measure_noop,
     measure_orders,
+    measure_single,
+    measure_variants,
 )
 from benchmarks.stage import Stage, database, open_stage
 from lesson_loader import all_lessons, lesson_number
 from shared import run
 
 ROUNDS = scaled(5)
-QUICK_ROUNDS = scaled(4)
+QUICK_ROUNDS = scaled(3)
 GROWTH_ROUNDS = scaled(3)
 
 
@@ -41,8 +43,11 @@ def measurable() -> list[Path]:
 async def measure_round(book: Book, floor: Stage, stages: list[Stage]) -> None:
     """Each thing once: noise that lasts longer than that hits all alike."""
     await measure_floor(book, floor)
+    await measure_variants(book, floor)
+    await measure_single(book, floor)
     for stage in stages:
         prefix = f"lessons.{stage.number:02}"
+        await measure_floor(book, floor)
         await stage.clear()
         await measure_noop(book, prefix, stage, MANY_TASKS)
         await stage.clear()
@@ -65,7 +70,7 @@ async def measure_latencies(book: Book, stages: list[Stage], count: int) -> None
 
 async def measure_all(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Where and on what it was measured, and the figures."""
-    book, growth = Book(list), Book(list)
+    book, growth = Book(), Book()
     async with AsyncExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stages = {}
@@ -81,10 +86,9 @@ async def measure_all(options: argparse.Namespace) -> tuple[dict[str, Any], dict
         say("latencies")
         await measure_latencies(book, chosen, scaled(15 if options.quick else 50))
         for number in range(1, 1 if options.quick else GROWTH_ROUNDS + 1):
-            await measure_floor(growth, floor)
             for stage in chosen:
                 say(f"growth, round {number} of {GROWTH_ROUNDS}, lesson {stage.number:02}")
-                await measure_growth(growth, stage)
+                await measure_growth(growth, floor, stage)
         about, figures = await report.about(floor), report.figures(book)
         return about, figures if options.quick else figures | {"growth": report.figures(growth)}
 

@@ -5,8 +5,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import MANY_TASKS, QUEUE, scaled
+from benchmarks.book import Book
 from benchmarks.floor import Floor
-from benchmarks.measure import Book, measure_enqueue, measure_noop, measure_orders, slots
+from benchmarks.measure import (
+    measure_enqueue,
+    measure_floor,
+    measure_noop,
+    measure_orders,
+    measure_single,
+    slots,
+)
 from benchmarks.race import race
 from benchmarks.stage import Stage
 
@@ -24,17 +32,22 @@ FROM generate_series(1, %s) AS n, (SELECT now() - INTERVAL '1 hour' AS past)
 """
 
 
-async def measure_growth(book: Book, stage: Stage) -> None:
+async def measure_growth(book: Book, floor: Stage, stage: Stage) -> None:
     """All of it, once, for one lesson."""
     lesson = f"{stage.number:02}"
+    await measure_single(book, floor)
     for finished in FINISHED:
+        await measure_floor(book, floor)
         await with_finished(book, f"{lesson}.finished_{finished}", stage, finished)
+    await measure_floor(book, floor)
     await with_queued(book, f"{lesson}.queued_{QUEUED}", stage)
     for number in PROCESSES:
+        await measure_floor(book, floor)
         await stage.clear()
         prefix = f"{lesson}.processes_{number}"
         await measure_noop(book, prefix, stage, 2 * MANY_TASKS, processes=number)
     for name, (size, tasks) in PAYLOADS.items():
+        await measure_floor(book, floor)
         await stage.clear()
         # Digits of chance, since Postgres would compress anything else.
         text = os.urandom(size // 2).hex()
@@ -61,7 +74,7 @@ async def with_queued(book: Book, prefix: str, stage: Stage) -> None:
     await stage.fill(scaled(QUEUED))
     await measure_claim(book, prefix, stage)
     run = await race(stage, scaled(QUEUED), slots(stage))
-    book[f"{prefix}.noop_per_s"].append(run.per_s)
+    book.rate(f"{prefix}.noop_per_s", run.per_s)
     book[f"{prefix}.rss_mb_after_5000"].append(run.first_rss / MEGABYTE)
     book[f"{prefix}.rss_mb_after_{QUEUED}"].append(run.rss / MEGABYTE)
 

@@ -3,16 +3,13 @@
 import asyncio
 import random
 import time
-from collections import defaultdict
 
 from benchmarks import CONNECTIONS, MANY_TASKS, QUEUE, SLOTS, scaled
+from benchmarks.book import FLOOR, Book
 from benchmarks.floor import Floor
 from benchmarks.pgbench import pgbench
 from benchmarks.race import Run, begin, check, contestant, end, race
 from benchmarks.stage import Stage
-
-# All values that were measured, by the name of the figure. A figure is a number, or a text.
-Book = defaultdict[str, list[float | str]]
 
 
 def slots(stage: Stage) -> dict[str, int]:
@@ -20,31 +17,29 @@ def slots(stage: Stage) -> dict[str, int]:
     return {"concurrency": SLOTS} if stage.number >= 3 else {}
 
 
-def note(book: Book, prefix: str, run: Run, unit: str) -> None:
-    """Write down what a run has cost, per task or per order."""
-    for name, cost in run.costs.items():
-        book[f"{prefix}.{name}_per_{unit}"].append(cost)
-
-
 async def measure_floor(book: Book, stage: Stage) -> None:
-    """The floor, and variants: one connection, connections that are kept, pgbench."""
-    variants = {
-        "": {"connections": CONNECTIONS, "keep": False},
-        "_1_connection": {"connections": 1, "keep": False},
-        "_kept": {"connections": CONNECTIONS, "keep": True},
-    }
-    for variant, settings in variants.items():
-        await stage.clear()
-        await stage.fill(MANY_TASKS)
-        run = await race(stage, MANY_TASKS, settings, "floor")
-        book[f"floor.noop{variant}_per_s"].append(run.per_s)
-        if not variant:
-            note(book, "floor", run, "task")
+    """The floor, which is measured anew before each rate that is compared with it."""
+    run = await floor_race(stage, connections=CONNECTIONS, keep=False)
+    book.rate(FLOOR, run.per_s)
+    book.costs("floor", run.costs, "task")
+
+
+async def measure_variants(book: Book, stage: Stage) -> None:
+    """The floor with one connection, with connections that are kept, and driven by pgbench."""
+    run = await floor_race(stage, connections=1, keep=False)
+    book.rate("floor.noop_1_connection_per_s", run.per_s)
+    run = await floor_race(stage, connections=CONNECTIONS, keep=True)
+    book.rate("floor.noop_kept_per_s", run.per_s)
     await stage.clear()
     await stage.fill(MANY_TASKS)
-    if rate := await pgbench(stage, MANY_TASKS):
-        book["floor.pgbench_per_s"].append(rate)
-    await measure_single(book, stage)
+    if per_s := await pgbench(stage, MANY_TASKS):
+        book.rate("floor.pgbench_per_s", per_s)
+
+
+async def floor_race(stage: Stage, **settings: int) -> Run:
+    await stage.clear()
+    await stage.fill(MANY_TASKS)
+    return await race(stage, MANY_TASKS, settings, "floor")
 
 
 async def measure_single(book: Book, stage: Stage) -> None:
@@ -62,21 +57,20 @@ async def measure_single(book: Book, stage: Stage) -> None:
 
 async def measure_noop(
     book: Book, prefix: str, stage: Stage, tasks: int, text: str = "", processes: int = 1
-) -> Run:
+) -> None:
     """No-op tasks that are queued already: how quickly workers run them."""
     await stage.fill(tasks, "echo" if text else "noop", text)
     run = await race(stage, tasks, slots(stage), number=processes)
-    book[f"{prefix}.noop_per_s"].append(run.per_s)
-    note(book, prefix, run, "task")
-    return run
+    book.rate(f"{prefix}.noop_per_s", run.per_s)
+    book.costs(prefix, run.costs, "task")
 
 
 async def measure_orders(book: Book, prefix: str, stage: Stage, orders: int) -> None:
     """Durable orders of two no-op steps that are queued already: how quickly one runs them."""
     await stage.fill(orders, "order")
     run = await race(stage, orders, slots(stage))
-    book[f"{prefix}.orders_per_s"].append(run.per_s)
-    note(book, prefix, run, "order")
+    book.rate(f"{prefix}.orders_per_s", run.per_s)
+    book.costs(prefix, run.costs, "order")
 
 
 async def measure_enqueue(book: Book, prefix: str, stage: Stage, tasks: int) -> None:
@@ -84,12 +78,12 @@ async def measure_enqueue(book: Book, prefix: str, stage: Stage, tasks: int) -> 
     start = time.perf_counter()
     for _ in range(tasks):
         await stage.create("noop")
-    book[f"{prefix}.enqueue_per_s"].append(tasks / (time.perf_counter() - start))
+    book.rate(f"{prefix}.enqueue_per_s", tasks / (time.perf_counter() - start))
     start = time.perf_counter()
     async with stage.conn.transaction():
         for _ in range(tasks):
             await stage.create("noop")
-    book[f"{prefix}.enqueue_many_per_s"].append(tasks / (time.perf_counter() - start))
+    book.rate(f"{prefix}.enqueue_many_per_s", tasks / (time.perf_counter() - start))
     await stage.flush()
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from benchmarks.measure import Book
+from benchmarks.book import Book
 from benchmarks.stage import Stage
 
 COSTS = {
@@ -24,7 +24,6 @@ COSTS = {
 }
 # Which figure of the floor another is compared with, by the end of its name.
 FLOORS = {
-    "_per_s": "floor.noop_per_s",
     "_ms": "floor.single_ms",
 } | COSTS
 OF_A_FIGURE = ("_min", "_max", "_p95", "_ratio", "_ratio_min", "_ratio_max")
@@ -88,16 +87,11 @@ def summary(name: str, values: list[float]) -> Iterator[tuple[str, float]]:
 
 
 def ratio(path: str, name: str, book: Book) -> Iterator[tuple[str, float]]:
-    """The ratio to the floor. Where there is one floor for each value it is that of its round."""
+    """The ratio to the floor of what is no rate."""
     floor = next((floor for end, floor in FLOORS.items() if name.endswith(end)), "")
-    if path == floor or floor not in book:
-        return
-    floors = [float(value) for value in book[floor]]
-    if len(floors) != len(book[path]) or name.endswith("_ms"):
-        floors = [statistics.median(floors)] * len(book[path])
-    ratios = [float(value) / floor for value, floor in zip(book[path], floors, strict=True)]
-    # noop_per_s and noop_ratio, but start_ms and start_ms_ratio: the latter is not a rate.
-    yield from summary(f"{name.removesuffix('_per_s')}_ratio", ratios)
+    if path != floor and floor in book:
+        base = statistics.median(map(float, book[floor]))
+        yield from summary(f"{name}_ratio", [float(value) / base for value in book[path]])
 
 
 def short(value: float) -> float:
@@ -133,7 +127,8 @@ def show(title: str, columns: dict[str, dict[str, Any]]) -> None:
 def show_growth(number: str, cases: dict[str, dict[str, Any]]) -> None:
     """The same with a row for each case, without the costs, which hardly differ."""
     columns = [name for name in names(cases.values()) if not name.endswith(tuple(COSTS))]
-    table = Table(f"growth, lesson {number}", *columns, box=box.SIMPLE_HEAD)
+    title = Column(f"growth, lesson {number}", no_wrap=True)
+    table = Table(title, *columns, box=box.SIMPLE_HEAD)
     for case, figures in cases.items():
         table.add_row(case, *(cell(name, figures) for name in columns))
     CONSOLE.print(table)
