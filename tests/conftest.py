@@ -3,6 +3,7 @@
 A test with the fixture `lesson` runs on every lesson; markers narrow that:
 
     @pytest.mark.since(4)               it holds from lesson 04 on, and does not run before
+    @pytest.mark.until(4)               it holds up to lesson 04, and does not run after
     @pytest.mark.flaw(3, reason="...")  it must fail on lesson 03, whose README names that flaw
     @pytest.mark.only(4, 7)             it is slow; the lessons between run the same code
 
@@ -70,15 +71,16 @@ def chosen_lessons(config: pytest.Config) -> list[Path]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "lesson" not in metafunc.fixturenames:
         return
-    marker = metafunc.definition.get_closest_marker("since")
-    since = marker.args[0] if marker else 1
+    first = metafunc.definition.get_closest_marker("since")
+    last = metafunc.definition.get_closest_marker("until")
     flaws = {m.args[0]: m.kwargs["reason"] for m in metafunc.definition.iter_markers("flaw")}
     marker = metafunc.definition.get_closest_marker("only")
     only = marker.args if marker and not metafunc.config.getoption("--lesson") else None
     chosen = []
     for path in chosen_lessons(metafunc.config):
         number = lesson_number(path)
-        if number >= since and (only is None or number in only):
+        holds = (not first or number >= first.args[0]) and (not last or number <= last.args[0])
+        if holds and (only is None or number in only):
             chosen.append(pytest.param(path, id=path.name))
         elif number in flaws:
             fails = pytest.mark.xfail(reason=flaws[number], strict=True)

@@ -57,7 +57,8 @@ TASKS = "SELECT * FROM tasks ORDER BY id"
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="looks at POSIX sessions")
 
 
-@pytest.mark.only(1)
+@pytest.mark.since(1)
+@pytest.mark.until(1)
 async def test_demo_01_makes_a_round_trip(lesson: Any, database: str) -> None:
     for times in (1, 2):
         out = await run_demo(lesson)
@@ -67,7 +68,8 @@ async def test_demo_01_makes_a_round_trip(lesson: Any, database: str) -> None:
 
 
 @pytest.mark.since(2)
-@pytest.mark.only(2)
+@pytest.mark.since(2)
+@pytest.mark.until(2)
 async def test_demo_02_runs_one_task(lesson: Any, database: str) -> None:
     """Two at once, on an empty database; and then once more."""
     outs = await asyncio.gather(run_demo(lesson), run_demo(lesson))
@@ -78,7 +80,8 @@ async def test_demo_02_runs_one_task(lesson: Any, database: str) -> None:
 
 
 @pytest.mark.since(3)
-@pytest.mark.only(3)
+@pytest.mark.since(3)
+@pytest.mark.until(3)
 async def test_demo_03_never_has_more_than_100_tasks_at_once(lesson: Any, database: str) -> None:
     """Two at once, on an empty database; and then once more."""
     outs = await asyncio.gather(run_demo(lesson), run_demo(lesson))
@@ -90,7 +93,8 @@ async def test_demo_03_never_has_more_than_100_tasks_at_once(lesson: Any, databa
 
 
 @pytest.mark.since(4)
-@pytest.mark.only(4)
+@pytest.mark.since(4)
+@pytest.mark.until(4)
 async def test_demo_04_shows_retries_timeouts_priorities_and_a_killed_worker(
     lesson: Any, database: str
 ) -> None:

@@ -68,6 +68,10 @@ def test_has_no_flaw(lesson):
 def test_comes_later(lesson):
     pass
 
+@pytest.mark.until(2)
+def test_came_before(lesson):
+    pass
+
 def test_of_something_else():
     pass
 """
@@ -106,6 +110,7 @@ def test_which_tests_run_on_a_lesson(tmp_path: Path) -> None:
     paths = [make_lesson(tmp_path, name) for name in ("02-a", "03-b", "04-c")]
     # Of what does not hold for a lesson nothing is to be seen, not even as skipped.
     assert run_sample(tmp_path, *paths) == {
+        "test_came_before[02-a]": "PASSED",
         "test_holds[03-b]": "XFAIL",
         "test_holds[04-c]": "PASSED",
         "test_has_no_flaw[03-b]": "FAILED",
