@@ -63,7 +63,7 @@ def block(info: str, *lines: str) -> str:
 
 
 def answer(*blocks: str) -> str:
-    return "\n".join(["<details>", "<summary>Answer</summary>", "", *blocks, "</details>", ""])
+    return "\n".join(["<details>", "<summary>Answer</summary>", "", *blocks, "</details>", "", ""])
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,7 @@ def test_code_that_is_right(text: str, root: Path) -> None:
         (block("python", "wake()", "...", "poll()"), "not all in this order"),
         (block("python", "poll()", "...", "sleep(2)"), "not all in this order"),
         (block("python", "poll()", "...", "", "...", "wake()"), "nothing stands between"),
+        (block("python", "rt(self):"), "see 'rt(self):'"),
         (block("python", "..."), "nothing"),
         (block("python", "# Title"), "see '# Title'"),
         (answer(block("python", "anything")), "see 'anything'"),
@@ -206,6 +207,7 @@ def test_outputs_in_any_order() -> None:
     assert not same("a b b", "a b")
     assert not same("a b", "a b b")
     assert not same("a d ...", "a b c")
+    assert not same("a a ...", "a b")
 
 
 def test_commands_of_a_block(root: Path) -> None:
@@ -274,7 +276,7 @@ def test_commands_that_do_not(lines: list[str], message: str, root: Path, server
 def test_a_command_that_hangs(root: Path, server_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(consoles, "DEADLINE", 0.5)
     mark = root / "mark"
-    readme = write(root, block("console", f"$ sleep 2; touch {mark}", "$ echo 1", "2"))
+    readme = write(root, block("console", f"$ cd /; sleep 2; touch .{mark}", "$ echo 1", "2"))
     first, second = run(readme, server_url)
     assert "the rest is not run" in first
     assert "did not end within 0.5 seconds" in second
@@ -302,16 +304,26 @@ def test_answers(root: Path, server_url: str) -> None:
 def test_refresh(root: Path, server_url: str, capsys: pytest.CaptureFixture[str]) -> None:
     stale = block("console", "$ echo old is 1; echo; echo b", "old is 0", "$ echo $$; echo b", "b")
     partly = block("console", "$ seq 5; echo 0.2 s", "0", "...", "3", "...", "0.1 s")
+    listed = "- Item:\n\n  ```console\n  $ echo 1\n  2\n  ```\n\n"
     kept = block("console", "$ echo process $$", "process 0")
-    readme = write(root, stale + partly + kept)
+    readme = write(root, stale + partly + listed + kept)
     assert refresh([readme], server_url) == 1  # the line that is not in the output
     text = (root / README).read_text()
     assert "```console\n$ echo old is 1; echo; echo b\nold is 1\n\nb\n$ echo $$" in text
     assert "0\n...\n3\n...\n0.2 s\n" in text
-    assert text.endswith(kept)
+    assert text.endswith(listed.replace("2", "1") + kept)
     assert f"{README}:11: $ seq 5" in capsys.readouterr().out
     refresh([read_readme(root, README)], server_url)
     assert (root / README).read_text().count("0.2 s\n```") == 1
+
+
+@bash_only
+def test_refresh_does_not_undo_what_was_edited_meanwhile(root: Path, server_url: str) -> None:
+    readme = write(root, block("console", "$ echo 1", "2"))
+    (root / README).write_text("edited")
+    with pytest.raises(SystemExit, match="edited meanwhile"):
+        refresh([readme], server_url)
+    assert (root / README).read_text() == "edited"
 
 
 def test_form(root: Path) -> None:

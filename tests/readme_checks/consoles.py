@@ -113,13 +113,11 @@ def parse_console(block: Block) -> list[Command]:
 
 def goes_on(text: str) -> bool:
     """Whether a shell would ask for another line of this command."""
-    if text.endswith("\\"):
-        return True
     if heredoc := HEREDOC.search(text):
         return heredoc[1] not in text.splitlines()[1:]
     try:
         shlex.split(text, comments=True)
-    except ValueError:  # a quotation that is not closed
+    except ValueError:  # a quotation that is not closed, or a backslash at the end
         return True
     return False
 
