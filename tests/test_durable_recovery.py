@@ -31,6 +31,7 @@ from helpers import (
     working,
 )
 from shared import Pool, open_connection
+from shared.database import CancellablePool
 
 pytestmark = pytest.mark.since(7)
 SCRIPT = Path(__file__).parent / "durable_process.py"
@@ -257,23 +258,29 @@ async def until_read(pool: Pool, id: int) -> dict[str, Any]:
 
 async def test_a_cancellation_is_not_lost_while_a_connection_is_handed_over(pool: Pool) -> None:
     """Or a busy worker would go on when it is told to end."""
+    assert isinstance(pool, CancellablePool)
 
     async def client() -> None:
         async with pool.connection():
             pass
         await asyncio.sleep(DEADLINE)
 
-    taken = [await pool.getconn() for _ in range(pool.max_size)]
+    # Taken behind the back of our own line, so that the client waits in that of psycopg's pool.
+    psycopgs: Any = super(CancellablePool, pool)
+    taken = [await psycopgs.getconn() for _ in range(pool.max_size)]
     waiting = asyncio.create_task(client())
     await wait_for(lambda: pool.get_stats().get("requests_waiting"), "the client waits")
-    await pool.putconn(taken.pop())
+    await psycopgs.putconn(taken.pop())
     waiting.cancel()
     for conn in taken:
-        await pool.putconn(conn)
+        await psycopgs.putconn(conn)
     await asyncio.wait({waiting}, timeout=1)
     was_cancelled = waiting.cancelled()
     waiting.cancel()
     assert was_cancelled
+    # And the place in our line is free again.
+    for conn in [await pool.getconn(timeout=1) for _ in range(pool.max_size)]:
+        await pool.putconn(conn)
 
 
 # What waiting costs

@@ -1,5 +1,6 @@
 """Connections, schemas and queries, and what a user is told when there is something wrong."""
 
+import asyncio
 import logging
 import socket
 import time
@@ -11,6 +12,7 @@ import psycopg
 import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg_pool import PoolClosed, PoolTimeout
 
 from programs import outcome, run_program, small_lesson, start_program
 from shared import EmbeddedPostgres, database_url, load_queries, open_connection, open_pool
@@ -59,6 +61,25 @@ async def test_a_connection_outside_the_pool_is_like_those_inside(
         assert row["note"] == "x"
         for conn in held:
             await pool.putconn(conn)
+
+
+async def test_who_waits_in_vain_for_a_connection_takes_none_away(
+    database: str, tmp_path: Path
+) -> None:
+    async with open_pool(small_lesson(tmp_path)) as pool:
+        for _ in range(3):
+            held = [await pool.getconn() for _ in range(pool.max_size)]
+            with pytest.raises(PoolTimeout):
+                await pool.getconn(timeout=0.1)
+            impatient = [asyncio.create_task(pool.getconn()) for _ in range(2 * len(held))]
+            await asyncio.sleep(0)
+            for client in impatient:
+                client.cancel()
+            await asyncio.wait(impatient)
+            for conn in held:
+                await pool.putconn(conn)
+    with pytest.raises(PoolClosed):
+        await pool.getconn()
 
 
 async def test_options_in_the_url_are_kept(
