@@ -99,6 +99,8 @@ def test_code_that_is_right(text: str, root: Path) -> None:
         ("```python\npoll()\n", "not closed"),
         ("<details>\n```python\npoll()\n```\n</details>\n", "blank line"),
         ("<details>\n", "not closed"),
+        ("</details>\n", "at the wrong place"),
+        ("<details>\n\n<details>\n\n</details>\n", "at the wrong place"),
         ("> ```text\n> a\n> ```\n", "on a line of its own"),
     ],
 )
