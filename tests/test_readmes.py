@@ -3,6 +3,7 @@
 `python tests/readmes.py check` tells the same, `refresh` writes outputs anew.
 """
 
+import re
 import sys
 from collections.abc import Iterable
 
@@ -65,6 +66,15 @@ def test_the_list_is_of_readmes_that_there_are() -> None:
 @each_readme
 def test_links(readme: Readme) -> None:
     assert_none(link_problems(readme))
+
+
+@each_readme
+def test_the_tests_that_it_names_are_there(readme: Readme) -> None:
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    known = {path.stem for path in files}
+    for path in files:
+        known.update(re.findall(r"def (test_\w+)", path.read_text(encoding="utf-8")))
+    assert set(re.findall(r"\btest_\w+", "\n".join(readme.lines))) <= known
 
 
 @each_converted
