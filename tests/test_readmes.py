@@ -24,7 +24,6 @@ pytestmark = pytest.mark.skipif(
 NOT_YET = {
     "README.md",
     "lessons/01-prerequisites/README.md",
-    "lessons/02-simple-task-queue/README.md",
     "lessons/03-limiting-concurrent-tasks/README.md",
     "lessons/04-task-queue-improvements/README.md",
     "lessons/05-durable-event-log/README.md",
