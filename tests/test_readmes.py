@@ -26,7 +26,6 @@ NOT_YET = {
     "lessons/01-prerequisites/README.md",
     "lessons/03-limiting-concurrent-tasks/README.md",
     "lessons/04-task-queue-improvements/README.md",
-    "lessons/06-tracking-non-determinism/README.md",
     "lessons/07-durable-tasks/README.md",
 }
 
