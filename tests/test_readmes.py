@@ -24,7 +24,6 @@ pytestmark = pytest.mark.skipif(
 NOT_YET = {
     "README.md",
     "lessons/01-prerequisites/README.md",
-    "lessons/04-task-queue-improvements/README.md",
     "lessons/07-durable-tasks/README.md",
 }
 
