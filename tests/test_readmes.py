@@ -20,17 +20,10 @@ pytestmark = pytest.mark.skipif(
     not (ROOT / ".git").exists(), reason="which files belong to the repository is known to git only"
 )
 
-# The READMEs that are still to be written in the form that all are to have.
-NOT_YET = {
-    "README.md",
-}
-
 READMES = [read_readme(ROOT, name) for name in readme_names(ROOT)]
-CONVERTED = [readme for readme in READMES if readme.name not in NOT_YET]
-SCRIPTS = [script for readme in CONVERTED for script in scripts(readme)]
+SCRIPTS = [script for readme in READMES for script in scripts(readme)]
 
 each_readme = pytest.mark.parametrize("readme", READMES, ids=lambda readme: readme.name)
-each_converted = pytest.mark.parametrize("readme", CONVERTED, ids=lambda readme: readme.name)
 
 
 def assert_none(problems: Iterable[Problem]) -> None:
@@ -46,7 +39,7 @@ def test_snippets_and_diffs(readme: Readme) -> None:
     assert_none(snippet_problems(readme))
 
 
-@each_converted
+@each_readme
 def test_what_is_not_checked_is_listed(readme: Readme) -> None:
     assert_none(ledger_problems(readme))
 
@@ -70,7 +63,7 @@ def test_the_tests_that_it_names_are_there(readme: Readme) -> None:
     assert set(re.findall(r"\btest_\w+", "\n".join(readme.lines))) <= known
 
 
-@each_converted
+@each_readme
 def test_form(readme: Readme) -> None:
     assert_none(structure_problems(readme))
 
