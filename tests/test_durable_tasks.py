@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from durable_helpers import Lab
-from helpers import DEADLINE, enqueue, finished, wait_for, working
+from helpers import DEADLINE, enqueue, execute, finished, wait_for, working
 from shared import Pool
 
 pytestmark = pytest.mark.since(7)
@@ -288,7 +288,7 @@ async def test_the_failure_of_a_child_can_be_handled_and_is_seen_again_on_replay
         try:
             await context.run_task("broken", "mail")
         except lab.errors.ChildTaskError as error:
-            seen.append(str(error))
+            seen.append((str(error), error.child_task_id, error.task_name, error.error))
         plan_b = await context.run_task("step", "letter")
         if context.attempt == 1:
             lab.calls["mended"] = 1  # too late: the failure is history
@@ -300,8 +300,9 @@ async def test_the_failure_of_a_child_can_be_handled_and_is_seen_again_on_replay
     assert lab.calls["mail"] == 1
     assert seen[0] == seen[1]
     (child, _) = await lab.children(row["id"])
-    for part in (str(child["id"]), "broken", "mail is broken"):
-        assert part in seen[0]
+    text, *parts = seen[0]
+    assert parts == [child["id"], "broken", "OSError: mail is broken"]
+    assert all(str(part) in text for part in parts)
 
 
 async def test_the_failure_of_a_child_ends_the_durable_task_for_good(lab: Lab) -> None:
@@ -319,6 +320,22 @@ async def test_the_failure_of_a_child_ends_the_durable_task_for_good(lab: Lab) -
     assert "ChildTaskError" in row["output"]["error"]
     assert "mail is broken" in row["output"]["error"]
     assert lab.calls == {"parent": 1, "1": 1, "mail": 1}
+
+
+async def test_a_child_may_fail_without_having_been_claimed(lab: Lab) -> None:
+    """Somebody has given it a schedule timeout, lest it waits for ever."""
+
+    async def parent(context: Any, input: Any) -> Any:
+        return await context.run_task("step", 1)
+
+    id = await lab.enqueue(parent)
+    async with working(lab.worker(parent, concurrency=0)):
+        (child,) = await wait_for(lambda: lab.children(id), "the child is recorded")
+        await execute(
+            lab.pool, "UPDATE tasks SET schedule_timeout_at = now() WHERE id = %s", child["id"]
+        )
+        row = await finished(lab.pool, id)
+    assert (row["status"], row["output"]["child_task_id"]) == ("FAILED", child["id"])
 
 
 async def test_of_several_failures_in_a_group_the_first_is_named(lab: Lab) -> None:
@@ -341,6 +358,26 @@ async def test_a_child_that_nobody_registered_is_a_failure_that_names_it(lab: La
     row = await lab.run(parent, max_retries=5)
     assert (row["status"], row["attempt"]) == ("FAILED", 1)
     assert "nobody_knows_me" in row["output"]["error"]
+
+
+async def test_an_output_that_python_cannot_read_is_an_error_that_names_the_child(lab: Lab) -> None:
+    """It was written by another program, in another language."""
+
+    async def parent(context: Any, input: Any) -> Any:
+        return await context.run_task("step", 1)
+
+    id = await lab.enqueue(parent)
+    async with working(lab.worker(parent, concurrency=0)):
+        (child,) = await wait_for(lambda: lab.children(id), "the child is recorded")
+        await execute(
+            lab.pool,
+            "UPDATE tasks SET status = 'COMPLETED', output = %s, finished_at = now() WHERE id = %s",
+            "9" * 5000,
+            child["id"],
+        )
+        row = await finished(lab.pool, id)
+    assert row["status"] == "FAILED"
+    assert f"output of task {child['id']}" in row["output"]["error"]
 
 
 # Non-determinism
@@ -418,6 +455,23 @@ async def test_an_attempt_that_does_something_else_fails_for_good(
     assert lab.calls == {"1": 1, "2": 1}
 
 
+async def test_from_then_on_each_step_raises_it(lab: Lab) -> None:
+    seen = []
+
+    async def parent(context: Any, input: Any) -> None:
+        if context.attempt == 1:
+            await context.run_task("step", 1)
+            raise OSError("again")
+        for n in (2, 3):
+            try:
+                await context.run_task("step", n)
+            except Exception as error:
+                seen.append(type(error))
+
+    assert (await lab.run(parent, max_retries=1))["status"] == "FAILED"
+    assert seen == 2 * [lab.errors.NonDeterminismError]
+
+
 async def test_an_attempt_may_do_more_than_the_one_before(lab: Lab) -> None:
     async def parent(context: Any, input: Any) -> Any:
         for n in range(context.attempt):
@@ -427,6 +481,21 @@ async def test_an_attempt_may_do_more_than_the_one_before(lab: Lab) -> None:
         return context.attempt
 
     assert (await lab.run(parent, max_retries=2))["output"] == 3
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+async def test_a_log_may_stay_empty(lab: Lab, calls: int) -> None:
+    """A call that is not awaited is no step."""
+
+    async def parent(context: Any, input: Any) -> str:
+        if context.attempt == 1:
+            raise OSError("again")
+        for _ in range(calls):
+            context.run_task("step", 1).close()
+        return "no step"
+
+    row = await lab.run(parent, max_retries=1)
+    assert (row["output"], await lab.children(row["id"])) == ("no step", [])
 
 
 async def test_an_event_that_is_left_over_is_noticed_although_one_before_it_is_missing(

@@ -1,12 +1,13 @@
 """retry_task goes on where a durable task failed; replay_task runs it anew."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from durable_helpers import Lab
-from helpers import enqueue, execute, get_task
+from helpers import enqueue, execute, finished, get_task, wait_for, working
 from shared import Pool
 
 pytestmark = pytest.mark.since(7)
@@ -146,6 +147,45 @@ async def test_a_retry_after_non_determinism_needs_the_old_function(lab: ResetLa
     await lab.retry(failed["id"])
     assert (await lab.finish(failed["id"], parent))["output"] == 1
     assert lab.calls == {"1": 1}
+
+
+class Repeats:
+    """A lesson's queries, of which one answers again, later, what it has answered before."""
+
+    def __init__(self, queries: Any) -> None:
+        self.queries = queries
+        self.answers: list[Any] = []
+        self.repeats = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.queries, name)
+
+    async def get_finished_tasks(self, conn: Any, **values: Any) -> AsyncIterator[Any]:
+        self.repeats += bool(self.answers)
+        for row in self.answers:
+            yield row
+        async for row in self.queries.get_finished_tasks(conn, **values):
+            self.answers.append(row)
+            yield row
+
+
+async def test_an_answer_from_before_the_retry_does_not_wake_the_next_attempt(
+    lab: ResetLab,
+) -> None:
+    """A worker that asked then and reads the answer now would see the old failure once more."""
+    lab.queries = Repeats(lab.queries)
+    parents = lab.worker(order, concurrency=0)
+    id = await lab.enqueue(order)
+    async with working(parents):
+        async with working(lab.worker(durable_concurrency=0)):
+            assert (await finished(lab.pool, id))["status"] == "FAILED"
+        lab.mend()
+        await lab.retry(id)
+        repeats = lab.queries.repeats
+        await wait_for(lambda: lab.queries.repeats > repeats + 1, "it has the old answer again")
+        assert (await get_task(lab.pool, id))["status"] == "RUNNING"
+        async with working(lab.worker(durable_concurrency=0)):
+            assert (await finished(lab.pool, id))["status"] == "COMPLETED"
 
 
 @pytest.mark.parametrize("action", ["retry", "replay"])
