@@ -80,6 +80,7 @@ async def main() -> None:
             assert [row["id"] async for row in rows] == [first.id]
 
         second = await claim(pool, queries, uuid4())
+        failure = "the change was not noticed"
         try:
             await process_order_changed(pool, log, second)
         except NonDeterminismError as error:
