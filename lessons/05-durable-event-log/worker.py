@@ -34,7 +34,7 @@ from shared import (
 
 POLL_INTERVAL = 0.1  # seconds between two polls of an empty queue
 HEARTBEAT_INTERVAL = 1.0  # seconds between two heartbeats
-INACTIVE_AFTER = 5.0  # seconds without a heartbeat after which a worker is inactive
+INACTIVE_AFTER = 5.0  # seconds without a heartbeat until inactive; more than two intervals
 SHUTDOWN_GRACE = 5.0  # seconds for a task to end by itself, and again to obey its cancellation
 MAX_LOST_WORKERS = 20  # a task that lost so many workers fails: it may be what kills them
 

@@ -123,7 +123,7 @@ RETURNING NOT EXISTS (
 
 -- name: requeue_lost_tasks(active_since, max_lost_workers)
 -- Take the running tasks of inactive workers away from them. The active workers are listed once:
--- a row that one of them claims while we wait for it is checked against that list again.
+-- a row that one of them claims before we lock it is checked against that list again.
 WITH lost AS (
     SELECT id, lost_count + 1 >= :max_lost_workers AS is_given_up
     FROM tasks
