@@ -29,8 +29,10 @@ async def resize_image(input: Any) -> Any:
     running += 1
     most_at_once = max(most_at_once, running)
     runs[input["image"]] += 1
-    await asyncio.sleep(0.05)
-    running -= 1
+    try:
+        await asyncio.sleep(0.05)
+    finally:
+        running -= 1
     return {"resized": input["image"]}
 
 

@@ -24,8 +24,8 @@ CREATE TABLE tasks (
     is_durable BOOLEAN NOT NULL DEFAULT false
 );
 
--- The claim reads this index. It is partial: a task that is finished has no entry in it,
--- so a million finished tasks cost the claim nothing.
+-- The claim reads this index. It is partial: a finished task has no entry in it, once VACUUM
+-- has been by, so a million finished tasks cost the claim nothing.
 CREATE INDEX tasks_queued ON tasks (queue, is_durable, priority DESC, id)
 WHERE status = 'QUEUED';
 
