@@ -276,8 +276,3 @@ SELECT *
 FROM payments
 WHERE order_id = :order_id
 ORDER BY idempotency_key;
-
--- name: get_worker(id)^
-SELECT *
-FROM workers
-WHERE id = :id;
