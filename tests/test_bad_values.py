@@ -111,6 +111,8 @@ async def test_an_output_that_is_not_json_or_not_jsonb_fails_the_task(
     errors = await errors_of(lesson, pool, queries, give_back, list(BAD_OUTPUTS))
     assert errors.keys() == BAD_OUTPUTS.keys()
     assert all(errors.values())
+    assert "set is not JSON" in errors["set"]
+    assert "set is not JSON" in errors["set"]
 
 
 @pytest.mark.since(2)
@@ -273,6 +275,10 @@ async def test_nothing_a_function_does_stops_the_worker(
     errors = await errors_of(lesson, pool, queries, misbehave, [*inputs, either])
     assert errors.keys() - {either} == inputs
     assert all(errors.values())
+    for input in ("cancels itself", either):
+        assert "CancelledError" in errors.get(input, "CancelledError")
+    for input in ("cancels itself", either):
+        assert "CancelledError" in errors.get(input, "CancelledError")
 
 
 @pytest.mark.since(2)

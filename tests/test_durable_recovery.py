@@ -409,6 +409,32 @@ async def test_a_thousand_waiting_tasks_cost_one_query_and_no_connection(
         await wait_for(lambda: count(completed), "all have completed", 60)
 
 
+@pytest.mark.parametrize("tasks", [0, 3])
+async def test_a_worker_without_tasks_or_without_slots_only_polls(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, tasks: int
+) -> None:
+    """Between two heartbeats it asks for tasks that it can run, at each tick, and for nothing."""
+    for name, value in {"POLL_INTERVAL": 0.05, "HEARTBEAT_INTERVAL": 3600.0}.items():
+        monkeypatch.setattr(lab.lesson.worker, name, value)
+    may_end = asyncio.Event()
+    calls: list[dict[str, Any]] = []
+
+    async def slow(input: Any) -> None:
+        lab.calls["slow"] += 1
+        await may_end.wait()
+
+    for _ in range(tasks):
+        await enqueue(lab.pool, "slow")
+    lab.queries = counted(lab.queries, calls)
+    async with working(lab.worker(slow, concurrency=1)):
+        await wait_for(lambda: any("queue" in call for call in calls), "it polls")
+        await wait_for(lambda: lab.calls["slow"] == min(tasks, 1), "it has the task")
+        await assert_cheap(lab.pool, calls, interval=0.05)
+        assert all("queue" in call for call in calls)
+        assert {call["is_durable"] for call in calls} == ({True} if tasks else {True, False})
+        may_end.set()
+
+
 async def test_a_worker_keeps_nothing_of_tasks_that_have_ended(lab: Lab) -> None:
     async def parent(context: Any, input: Any) -> Any:
         calls = [context.run_task("step", n) for n in range(3)]

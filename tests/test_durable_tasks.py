@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from durable_helpers import Lab
-from helpers import DEADLINE, enqueue, execute, finished, wait_for, working
+from helpers import DEADLINE, enqueue, execute, finished, get_task, wait_for, working
 from shared import Pool
 
 pytestmark = pytest.mark.since(7)
@@ -184,6 +184,32 @@ async def test_durable_tasks_run_in_as_many_slots_as_they_have(lab: Lab) -> None
         for id in ids:
             assert (await finished(lab.pool, id))["status"] == "COMPLETED"
     assert max(at_once) == 2
+
+
+async def test_a_parent_goes_on_although_its_slot_is_taken_and_claims_wait(lab: Lab) -> None:
+    may_end = asyncio.Event()
+
+    async def other(context: Any, input: Any) -> None:
+        lab.calls["other"] += 1
+        await may_end.wait()
+
+    async def parent(context: Any, input: Any) -> None:
+        await context.run_task("child", None, is_durable=True)
+        lab.calls["parent goes on"] += 1
+        await may_end.wait()
+
+    ids = [await lab.enqueue(parent), await lab.enqueue(other)]
+    async with working(lab.worker(parent, other, durable_concurrency=1)):
+        await wait_for(lambda: lab.calls["other"], "the other one has the slot")
+        complete = "UPDATE tasks SET status = 'COMPLETED', finished_at = now(), output = '1'"
+        await execute(lab.pool, f"{complete} WHERE task_name = 'child'")
+        await wait_for(lambda: lab.calls["parent goes on"], "the parent goes on")
+        ids.append(await lab.enqueue(other))
+        # Claims of plain tasks go on, so there was time to claim it.
+        await finished(lab.pool, await enqueue(lab.pool, "step"))
+        assert (await get_task(lab.pool, ids[-1]))["attempt"] == 0
+        may_end.set()
+        assert {(await finished(lab.pool, id))["attempt"] for id in ids} == {1}
 
 
 async def test_a_waiting_durable_task_takes_no_slot_of_the_plain_ones(lab: Lab) -> None:
@@ -565,6 +591,35 @@ async def test_what_a_failed_gather_leaves_behind_has_ended_before_the_attempt(l
     assert (row["status"], row["attempt"]) == ("COMPLETED", 2)
     assert ends == ["sibling", "attempt 2 begins"]
     assert lab.calls["slow"] == 1
+
+
+async def test_what_is_left_behind_and_ignores_its_cancellation_is_abandoned(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lab.lesson.worker, "SHUTDOWN_GRACE", 0.1)
+    may_end = asyncio.Event()
+    left = []
+
+    async def slow(input: Any) -> None:
+        lab.calls["slow"] += 1
+        await may_end.wait()
+
+    async def stubborn(context: Any) -> None:
+        with suppress(asyncio.CancelledError):
+            await context.run_task("slow", None)
+        await may_end.wait()
+
+    async def parent(context: Any, input: Any) -> str:
+        left.append(asyncio.create_task(stubborn(context)))
+        await wait_for(lambda: lab.calls["slow"], "it waits for its child")
+        return "done"
+
+    id = await lab.enqueue(parent)
+    async with working(lab.worker(parent, slow)):
+        try:
+            assert (await finished(lab.pool, id))["output"] == "done"
+        finally:
+            may_end.set()
 
 
 # Rubbish

@@ -219,8 +219,9 @@ async def test_a_worker_that_has_just_started_gives_others_time_to_beat(
 
 
 @pytest.mark.only(7)
+@pytest.mark.parametrize("silence", [0.75 * INACTIVE_AFTER, 3600])
 async def test_a_worker_that_was_out_of_touch_gives_others_time_to_beat(
-    lesson: Any, pool: Pool, queries: Any
+    lesson: Any, pool: Pool, queries: Any, silence: float
 ) -> None:
     async with working(make_worker(lesson, pool, queries, echo, **QUICK)):
         first = await add_running_task(pool, await add_worker(pool, seconds_ago=60))
@@ -228,7 +229,10 @@ async def test_a_worker_that_was_out_of_touch_gives_others_time_to_beat(
         async with pool.connection() as conn, conn.transaction():
             # No heart can beat meanwhile, and then all heartbeats are old.
             await conn.execute("LOCK TABLE workers IN ACCESS EXCLUSIVE MODE")
-            await conn.execute("UPDATE workers SET last_heartbeat_at = now() - INTERVAL '1 h'")
+            await conn.execute(
+                "UPDATE workers SET last_heartbeat_at = now() - make_interval(secs => %s)",
+                [silence],
+            )
             cursor = await conn.execute(
                 """
                 INSERT INTO tasks (queue, task_name, input, status, attempt, worker_id)

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -80,6 +81,34 @@ async def cut_all_connections(conn: Any) -> None:
           AND pid <> pg_backend_pid()
         """
     )
+
+
+class FailsToPoll:
+    """A lesson's queries, of which the claim fails, and counts how often it is tried."""
+
+    def __init__(self, queries: Any) -> None:
+        self.queries = queries
+        self.polls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.queries, name)
+
+    async def poll_tasks(self, conn: Any, **values: Any) -> AsyncIterator[Any]:
+        self.polls += 1
+        raise psycopg.OperationalError("the database system is shutting down")
+        yield
+
+
+async def test_a_worker_that_cannot_poll_tries_again_but_seldom(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    """Once per HEARTBEAT_INTERVAL, lest it fills the log."""
+    failing = FailsToPoll(queries)
+    settings = ALONE | {"HEARTBEAT_INTERVAL": 0.3, "POLL_INTERVAL": 0.001}
+    began = time.monotonic()
+    async with working(make_worker(lesson, pool, failing, echo, **settings)):
+        await wait_for(lambda: failing.polls >= 3, "it has tried three times")
+    assert time.monotonic() - began >= 0.5
 
 
 # A claim that was committed although its answer got lost

@@ -1,6 +1,8 @@
 """The queue: claims, fencing, failures, retries and timeouts."""
 
 import asyncio
+import logging
+import re
 from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
@@ -378,6 +380,17 @@ async def test_a_task_fails_for_good_when_its_retries_are_used_up(
 
 
 @pytest.mark.since(4)
+async def test_a_task_with_more_retries_behind_it_than_allowed_fails(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    """Somebody has lowered max_retries, to make an end of it."""
+    id = await enqueue(pool, "fail", retry_count=3, max_retries=1)
+    async with working(make_worker(lesson, pool, queries, fail)):
+        row = await finished(pool, id)
+    assert (row["status"], row["retry_count"]) == ("FAILED", 3)
+
+
+@pytest.mark.since(4)
 async def test_a_failure_with_retries_left_puts_the_task_back_with_its_error(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:
@@ -505,6 +518,28 @@ async def test_a_function_that_swallows_the_cancellation_has_timed_out_all_the_s
 
 
 @pytest.mark.since(4)
+async def test_a_task_that_timed_out_has_cleaned_up_before_its_next_attempt(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    events: list[str] = []
+
+    async def tidy(input: Any) -> Any:
+        events.append("begins")
+        if len(events) > 1:
+            return
+        try:
+            await asyncio.sleep(NO_TICK)
+        finally:
+            await asyncio.sleep(0.3)
+            events.append("has cleaned up")
+
+    id = await enqueue(pool, "tidy", timeout=timedelta(milliseconds=50), max_retries=1)
+    async with working(make_worker(lesson, pool, queries, tidy)):
+        assert (await finished(pool, id))["status"] == "COMPLETED"
+    assert events == ["begins", "has cleaned up", "begins"]
+
+
+@pytest.mark.since(4)
 async def test_a_function_that_never_ends_is_abandoned_after_its_timeout(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:
@@ -626,6 +661,43 @@ async def test_a_retry_may_wait_beyond_the_schedule_timeout(
     async with working(make_worker(lesson, pool, queries, echo, **QUICK)):
         assert (await finished(pool, unclaimed))["status"] == "FAILED"
         assert (await get_task(pool, retry))["status"] == "QUEUED"
+
+
+# The log
+
+
+@pytest.mark.since(4)
+async def test_each_change_of_a_tasks_state_is_a_line_of_the_log(
+    lesson: Any, pool: Pool, queries: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    gate = Gate()
+    worker = make_worker(lesson, pool, queries, echo, fail, gate.function(), **QUICK)
+    lost = await enqueue(pool, "echo", status="RUNNING", attempt=1, worker_id=uuid4())
+    expired = await enqueue(pool, "echo", queue="other", schedule_timeout_at="2000-01-01")
+    done = await enqueue(pool, "echo")
+    failed = await enqueue(pool, "fail", max_retries=1)
+    taken = await enqueue(pool, "gated")
+    async with working(worker):
+        for id in (lost, expired, done, failed):
+            await finished(pool, id)
+        await execute(pool, "UPDATE tasks SET queue = 'other', attempt = 2 WHERE id = %s", taken)
+        gate.open.set()
+        await finished(pool, await enqueue(pool, "gated"))
+        gate.open.clear()
+        put_back = await enqueue(pool, "gated")
+        await wait_for(lambda: gate.running, "the last one has started")
+
+    def lines(id: int) -> list[str]:
+        name = re.escape(worker.display_name)
+        return re.findall(rf"worker {name}, task {id}, attempt (\d+: [^,\n]+)", caplog.text)
+
+    assert lines(done) == ["1: RUNNING echo", "1: COMPLETED"]
+    assert lines(failed) == ["1: RUNNING fail", "1: QUEUED", "2: RUNNING fail", "2: FAILED"]
+    assert lines(lost) == ["1: QUEUED", "2: RUNNING echo", "2: COMPLETED"]
+    assert lines(expired) == ["0: FAILED"]
+    assert "1: is not ours any more" in lines(taken)
+    assert lines(put_back) == ["1: RUNNING gated", "1: QUEUED"]
 
 
 # register
