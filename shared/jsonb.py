@@ -5,6 +5,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from shared.runtime import error_text
+
 MAX_JSON_CHARACTERS = 2**28
 
 # Made once: making them takes longer than reading or writing a small value.
@@ -29,6 +31,11 @@ def dumps(value: object) -> str:
         text = ENCODER.encode(value)
     except RecursionError:
         raise ValueError("a JSON value is nested too deeply, or contains itself") from None
+    except (TypeError, ValueError):
+        raise
+    except BaseException as error:
+        # From the value's own methods. It must not pass for an outage, a cancellation or an exit.
+        raise ValueError(f"making JSON of a value failed: {error_text(error)}") from None
     if len(text) > MAX_JSON_CHARACTERS:
         raise ValueError(
             f"a JSON value of {len(text):,} characters is too large: "

@@ -123,8 +123,9 @@ def error_text(error: BaseException) -> str:
     # A loop, since recursion would fail on a group nested a thousand deep.
     while waiting and len(texts) < MAX_ERROR_CHARACTERS:
         current = waiting.pop()
-        if isinstance(current, BaseExceptionGroup):
-            waiting.extend(reversed(current.exceptions))
+        # Not by its own attribute, which may be the user's code and raise anything at all.
+        if issubclass(type(current), BaseExceptionGroup):
+            waiting.extend(reversed(BaseExceptionGroup.exceptions.__get__(current)))
         elif current is not error:
             texts.append(describe(current))
     text = "; ".join(texts)

@@ -36,6 +36,17 @@ def nested(depth: int) -> Any:
     return value
 
 
+class Hostile(dict[str, Any]):
+    """What it raises while it is made JSON must not pass for an exit, or for an outage."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(key="value")
+        self.error = error
+
+    def items(self) -> Any:
+        raise self.error
+
+
 BAD_OUTPUTS: dict[str, Any] = {
     "NaN": math.nan,
     "Infinity in a list": [1, math.inf],
@@ -52,6 +63,9 @@ BAD_OUTPUTS: dict[str, Any] = {
     "integer of 10,000 digits": 10**10_000,
     "function": nested,
     "exception": ValueError("returned, not raised"),
+    "SystemExit on the way": Hostile(SystemExit(3)),
+    "OperationalError on the way": Hostile(psycopg.OperationalError("not an outage")),
+    "CancelledError on the way": Hostile(asyncio.CancelledError()),
 }
 
 
