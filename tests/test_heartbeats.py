@@ -218,6 +218,41 @@ async def test_a_worker_that_has_just_started_gives_others_time_to_beat(
     assert time.monotonic() - began >= 0.9 * INACTIVE_AFTER
 
 
+async def age_all_heartbeats(pool: Pool, seconds: float) -> int | None:
+    """While no heart can beat, make all heartbeats old, and add a running task of nobody: its id.
+
+    None, and nothing is done, if a worker has beaten just now and is about to judge.
+    """
+    async with pool.connection() as conn, conn.transaction():
+        await conn.execute("LOCK TABLE workers IN ACCESS EXCLUSIVE MODE")
+        waiting: list[Any] = []
+        while not waiting:
+            # From outside: within a transaction pg_stat_activity stands still.
+            waiting = await execute(
+                pool,
+                """
+                SELECT query
+                FROM pg_stat_activity
+                WHERE datname = current_database() AND wait_event_type = 'Lock'
+                """,
+            )
+        if "was_out_of_touch" not in waiting[0]["query"]:
+            return None
+        await conn.execute(
+            "UPDATE workers SET last_heartbeat_at = now() - make_interval(secs => %s)", [seconds]
+        )
+        cursor = await conn.execute(
+            """
+            INSERT INTO tasks (queue, task_name, input, status, attempt, worker_id)
+            VALUES (%s, 'echo', '1', 'RUNNING', 1, %s)
+            RETURNING id
+            """,
+            [QUEUE, uuid4()],
+        )
+        (row,) = await cursor.fetchall()
+        return int(row["id"])
+
+
 @pytest.mark.only(7)
 @pytest.mark.parametrize("silence", [0.75 * INACTIVE_AFTER, 3600])
 async def test_a_worker_that_was_out_of_touch_gives_others_time_to_beat(
@@ -226,24 +261,10 @@ async def test_a_worker_that_was_out_of_touch_gives_others_time_to_beat(
     async with working(make_worker(lesson, pool, queries, echo, **QUICK)):
         first = await add_running_task(pool, await add_worker(pool, seconds_ago=60))
         await finished(pool, first)  # by now it judges others
-        async with pool.connection() as conn, conn.transaction():
-            # No heart can beat meanwhile, and then all heartbeats are old.
-            await conn.execute("LOCK TABLE workers IN ACCESS EXCLUSIVE MODE")
-            await conn.execute(
-                "UPDATE workers SET last_heartbeat_at = now() - make_interval(secs => %s)",
-                [silence],
-            )
-            cursor = await conn.execute(
-                """
-                INSERT INTO tasks (queue, task_name, input, status, attempt, worker_id)
-                VALUES (%s, 'echo', '1', 'RUNNING', 1, %s)
-                RETURNING id
-                """,
-                [QUEUE, uuid4()],
-            )
-            (row,) = await cursor.fetchall()
+        while (id := await age_all_heartbeats(pool, silence)) is None:
+            pass
         began = time.monotonic()
-        await finished(pool, row["id"])
+        await finished(pool, id)
     assert time.monotonic() - began >= 0.9 * INACTIVE_AFTER
 
 
