@@ -43,6 +43,7 @@ def start_program(
     return subprocess.Popen(
         [sys.executable, "-c", program, *arguments],
         env=os.environ | ({"DATABASE_URL": database_url} if database_url else {}),
+        stdin=subprocess.PIPE,  # ends when the test says so; pytest's own is at its end already
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

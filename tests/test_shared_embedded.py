@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -115,7 +116,8 @@ async def test_it_recovers_from_a_crash_of_the_server(directory: Path) -> None:
     process = psutil.Process(int(server.pid_file_lines()[0]))
     processes = [process, *process.children()]
     for process in processes:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):  # it may end by itself, since the server is gone
+            process.kill()
     # They may remain as zombies, where nobody waits for orphans.
     await wait_for(
         lambda: all(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in processes),
