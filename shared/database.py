@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
+from time import monotonic
 from typing import Any, cast
 from urllib.parse import quote, unquote
 
@@ -74,10 +75,9 @@ class CancellablePool(AsyncConnectionPool[Connection]):
 
     async def getconn(self, timeout: float | None = None) -> Connection:  # noqa: ASYNC109
         seconds = self.timeout if timeout is None else timeout
-        now = asyncio.get_running_loop().time
-        deadline = now() + seconds
+        deadline = monotonic() + seconds
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout(seconds):
                 await self._line.acquire()
         except TimeoutError:
             raise PoolTimeout(f"couldn't get a connection after {seconds} s") from None
@@ -85,7 +85,7 @@ class CancellablePool(AsyncConnectionPool[Connection]):
         assert client is not None
         requests = client.cancelling()
         try:
-            conn = await super().getconn(deadline - now())
+            conn = await super().getconn(deadline - monotonic())
             # The asyncio.wait_for of 3.11 forgets a cancellation that comes with a connection.
             if client.cancelling() > requests:
                 await super().putconn(conn)

@@ -33,20 +33,18 @@ FROM picked
 WHERE tasks.id = picked.id
 RETURNING tasks.*;
 
--- name: complete_task(id, output)^
+-- name: complete_task(id, output)!
 UPDATE tasks
 SET status = 'COMPLETED',
     output = :output,
     finished_at = now()
 WHERE id = :id
-  AND status = 'RUNNING'
-RETURNING *;
+  AND status = 'RUNNING';
 
--- name: fail_task(id, output)^
+-- name: fail_task(id, output)!
 UPDATE tasks
 SET status = 'FAILED',
     output = :output,
     finished_at = now()
 WHERE id = :id
-  AND status = 'RUNNING'
-RETURNING *;
+  AND status = 'RUNNING';

@@ -178,8 +178,12 @@ class Worker:
 
     def _free_slots(self, is_durable: bool) -> int:
         """A task that waits for a durable child has given its slot back, or they might all wait."""
-        waits = [wait for waits in self._waits.values() for wait in waits.values()]
-        parked = {(parent.id, parent.attempt) for parent, child in waits if child.is_durable}
+        parked = {
+            (parent.id, parent.attempt)
+            for waits in self._waits.values()
+            for parent, child in waits.values()
+            if child.is_durable
+        }
         busy = [
             task
             for task in self._running.values()
