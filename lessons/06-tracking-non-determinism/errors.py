@@ -20,12 +20,13 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
     pending = [error]
     while pending:
         error = pending.pop()
-        if isinstance(error, BaseExceptionGroup):
-            pending.extend(reversed(error.exceptions))
+        # Asked for behind the error's back, whose class may have any `__class__` and `exceptions`.
+        if issubclass(type(error), BaseExceptionGroup):
+            pending.extend(reversed(BaseExceptionGroup.exceptions.__get__(error)))
         else:
             yield error
 
 
 def is_retryable(error: BaseException) -> bool:
     """Whether running the task again may help: no part of the failure is a NonRetryableError."""
-    return not any(isinstance(leaf, NonRetryableError) for leaf in leaves(error))
+    return not any(issubclass(type(leaf), NonRetryableError) for leaf in leaves(error))

@@ -10,6 +10,7 @@ from typing import Any
 from errors import NonDeterminismError, TaskNotOwnedError
 from models import DurableEvent, Task
 from shared import Connection, Queries
+from shared.jsonb import dumps
 
 
 def event_key(kind: str, task_name: str, input: Any) -> str:
@@ -18,7 +19,7 @@ def event_key(kind: str, task_name: str, input: Any) -> str:
     Raises TypeError or ValueError for an input that is not JSON.
     """
     # To JSON and back first: that turns 1 into "1" where it is a key, so that keys can be sorted.
-    value = json.loads(json.dumps([kind, task_name, input], allow_nan=False))
+    value = json.loads(dumps([kind, task_name, input]))
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 

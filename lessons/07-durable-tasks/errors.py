@@ -20,7 +20,7 @@ class ChildTaskError(NonRetryableError):
 
     def __init__(self, child_task_id: int, task_name: str, error: str) -> None:
         super().__init__(f"child task {child_task_id} ({task_name}) failed: {error}")
-        self.child_task_id = child_task_id
+        self.child_task_id = int(child_task_id)  # which is recorded, whoever raised it
         self.task_name = task_name
         self.error = error
 
@@ -30,12 +30,13 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
     pending = [error]
     while pending:
         error = pending.pop()
-        if isinstance(error, BaseExceptionGroup):
-            pending.extend(reversed(error.exceptions))
+        # Asked for behind the error's back, whose class may have any `__class__` and `exceptions`.
+        if issubclass(type(error), BaseExceptionGroup):
+            pending.extend(reversed(BaseExceptionGroup.exceptions.__get__(error)))
         else:
             yield error
 
 
 def is_retryable(error: BaseException) -> bool:
     """Whether running the task again may help: no part of the failure is a NonRetryableError."""
-    return not any(isinstance(leaf, NonRetryableError) for leaf in leaves(error))
+    return not any(issubclass(type(leaf), NonRetryableError) for leaf in leaves(error))
