@@ -435,6 +435,32 @@ async def test_a_worker_without_tasks_or_without_slots_only_polls(
         may_end.set()
 
 
+@pytest.mark.parametrize("concurrency", [100, 2])
+async def test_a_worker_polls_at_once_only_while_tasks_wait(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, concurrency: int
+) -> None:
+    for name in ("POLL_INTERVAL", "HEARTBEAT_INTERVAL"):
+        monkeypatch.setattr(lab.lesson.worker, name, 3600.0)
+    calls: list[dict[str, Any]] = []
+
+    async def pausing(input: Any) -> None:
+        await asyncio.sleep(0.01 * input)
+
+    async def all_completed() -> bool:
+        return await statuses(lab.pool) == {"COMPLETED": 7}
+
+    for n in range(7):
+        await enqueue(lab.pool, "pausing", n)
+    lab.queries = counted(lab.queries, calls)
+    async with working(lab.worker(pausing, concurrency=concurrency)):
+        await wait_for(all_completed, "all have completed")
+        await asyncio.sleep(0.1)
+        polls = sum("queue" in call for call in calls)
+        assert polls == 2 if concurrency == 100 else polls < 20, "slots that came free ask for more"
+        await asyncio.sleep(0.2)
+        assert polls == sum("queue" in call for call in calls), "it goes on asking"
+
+
 async def test_a_worker_keeps_nothing_of_tasks_that_have_ended(lab: Lab) -> None:
     async def parent(context: Any, input: Any) -> Any:
         calls = [context.run_task("step", n) for n in range(3)]
