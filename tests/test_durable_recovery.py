@@ -341,6 +341,27 @@ async def test_however_many_steps_a_task_starts_at_once_they_hold_one_connection
         assert (await finished(lab.pool, id))["status"] == "COMPLETED"
 
 
+async def test_a_later_attempt_waits_for_the_child_that_still_runs(lab: Lab) -> None:
+    child_runs, child_may_end = asyncio.Event(), asyncio.Event()
+
+    async def slow(input: Any) -> str:
+        lab.calls["slow"] += 1
+        child_runs.set()
+        await child_may_end.wait()
+        return "done"
+
+    async def parent(context: Any, input: Any) -> Any:
+        call = asyncio.ensure_future(context.run_task("slow", None))
+        await child_runs.wait()
+        if context.attempt == 1:
+            raise OSError("no luck")
+        asyncio.get_running_loop().call_later(0.3, child_may_end.set)
+        return await call
+
+    row = await lab.run(parent, slow, max_retries=1)
+    assert (row["output"], row["attempt"], lab.calls["slow"]) == ("done", 2, 1)
+
+
 async def test_what_a_worker_did_itself_it_need_not_ask_for(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -272,16 +272,34 @@ async def test_a_worker_survives_a_restart_of_the_server(
 
 @pytest.mark.only(7)
 @pytest.mark.skipif(sys.platform == "win32", reason="Postgres is stopped by a signal")
-async def test_a_worker_can_be_stopped_while_the_database_is_away(
-    lesson: Any, own_pool: Pool, server: EmbeddedPostgres, tmp_path: Path
+async def test_a_worker_that_never_reached_the_database_can_be_stopped(
+    lesson: Any, own_pool: Pool, server: EmbeddedPostgres
 ) -> None:
-    """It cannot put its task back, so another worker finds it lost."""
+    queries = load_queries(lesson.path)
+    stop_server(server, "SIGINT")
+    await wait_for(lambda: not server.is_running(), "the server has stopped")
+    worker = make_worker(lesson, own_pool, queries, echo, SHUTDOWN_GRACE=0.2)
+    start = asyncio.create_task(worker.start(QUEUE))
+    await asyncio.sleep(0.2)
+    worker.stop()
+    await asyncio.wait_for(start, DEADLINE)
+
+
+@pytest.mark.only(7)
+@pytest.mark.skipif(sys.platform == "win32", reason="Postgres is stopped by a signal")
+@pytest.mark.parametrize("seconds", [3600, 1], ids=["runs", "has ended"])
+async def test_a_worker_can_be_stopped_while_the_database_is_away(
+    lesson: Any, own_pool: Pool, server: EmbeddedPostgres, tmp_path: Path, seconds: float
+) -> None:
+    """It can neither put its task back nor write its outcome, so another finds the task lost."""
     file = tmp_path / "notes"
-    id = await enqueue(own_pool, "sleep", {"file": str(file), "seconds": 3600})
+    id = await enqueue(own_pool, "sleep", {"file": str(file), "seconds": seconds})
     async with worker_process(lesson, SHUTDOWN_GRACE=0.5) as process:
         await wait_for(file.exists, "the task has started")
         stop_server(server, "SIGINT")
         await wait_for(lambda: not server.is_running(), "the server has stopped")
+        if seconds == 1:
+            await wait_for(lambda: "ends" in file.read_text(), "the function has ended")
         process.send_signal(signal.SIGTERM)
         assert await ended(process) == 0
 
