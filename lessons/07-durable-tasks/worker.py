@@ -272,6 +272,7 @@ class Worker:
         can_retry = is_retryable(error) and task.retry_count < task.max_retries
         query = self.queries.requeue_failed_task if can_retry else self.queries.fail_task
         output: dict[str, Any] = {"error": error_text(error)}
+        # Exactly that class: a subclass of the user's may lack the id.
         child_errors = (leaf for leaf in leaves(error) if type(leaf) is ChildTaskError)
         if child_error := next(child_errors, None):
             output["child_task_id"] = child_error.child_task_id
