@@ -10,12 +10,13 @@ from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
-from shared import Pool
+from shared import Connection, Pool
 
 QUEUE = "q"
 DEADLINE = 20.0  # seconds; generous, since it is only ever reached by a test that fails
@@ -104,6 +105,28 @@ def make_worker(lesson: Any, pool: Pool, queries: Any, *functions: Any, **settin
     for function in functions:
         worker.register(function.__name__, function)
     return worker
+
+
+async def start_new_child(
+    lesson: Any,
+    queries: Any,
+    conn: Connection,
+    task: Any,
+    event_id: int,
+    task_name: str,
+    input: Any,
+    **options: Any,
+) -> Any:
+    """Start a child as the context of a first attempt does; return it."""
+    context = lesson.durable_context.DurableContext(SimpleNamespace(queries=queries), task)
+    options = {
+        "task_name": task_name,
+        "max_retries": 0,
+        "timeout": None,
+        "is_durable": False,
+        **options,
+    }
+    return await context._start_new_child(conn, event_id, input, options)
 
 
 @asynccontextmanager

@@ -164,6 +164,8 @@ async def test_a_child_may_run_on_another_worker_than_its_parent(lab: Lab) -> No
 class BreakingPool:
     """A pool that loses the connection at the end of every other transaction, seen from its start.
 
+    start_child counts as one, although it is a single statement.
+
     The server ends the connection, either just before COMMIT or just after it, so that the client
     cannot tell which of the two has happened.
     """
@@ -179,7 +181,7 @@ class BreakingPool:
     @asynccontextmanager
     async def connection(self, *arguments: Any, **keywords: Any) -> AsyncIterator[Any]:
         async with self.pool.connection(*arguments, **keywords) as conn:
-            transaction = conn.transaction
+            transaction, execute = conn.transaction, conn.execute
 
             @asynccontextmanager
             async def breaking() -> AsyncIterator[Any]:
@@ -191,13 +193,27 @@ class BreakingPool:
                         await self.terminate(conn)
                 if breaks:
                     await self.terminate(conn)
-                    await conn.execute("SELECT 'the answer to COMMIT got lost'")
+                    await execute("SELECT 'the answer to COMMIT got lost'")
+
+            async def breaking_execute(statement: Any, *arguments: Any) -> Any:
+                if "WITH parent AS" not in str(statement):
+                    return await execute(statement, *arguments)
+                self.transactions += 1
+                breaks = self.transactions % 2 == 1
+                if breaks and self.before_commit:
+                    await self.terminate(conn)
+                cursor = await execute(statement, *arguments)
+                if breaks:
+                    await self.terminate(conn)
+                    await execute("SELECT 'the answer got lost'")
+                return cursor
 
             conn.transaction = breaking  # type: ignore[method-assign, assignment]
+            conn.execute = breaking_execute  # type: ignore[method-assign, assignment]
             try:
                 yield conn
             finally:
-                conn.transaction = transaction  # type: ignore[method-assign]
+                conn.transaction, conn.execute = transaction, execute  # type: ignore[method-assign]
 
     async def terminate(self, conn: Any) -> None:
         await execute(self.pool, "SELECT pg_terminate_backend(%s, 5000)", conn.info.backend_pid)

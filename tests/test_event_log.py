@@ -7,9 +7,10 @@ from decimal import Decimal
 from typing import Any
 from uuid import uuid4
 
+import psycopg
 import pytest
 
-from helpers import enqueue, execute, wait_for
+from helpers import enqueue, execute, start_new_child, wait_for
 from shared import Connection, Pool
 
 pytestmark = pytest.mark.since(5)
@@ -24,6 +25,7 @@ class Log:
     def __init__(self, lesson: Any, pool: Pool, queries: Any) -> None:
         self.lesson = lesson
         self.pool = pool
+        self.queries = queries
         self.log = lesson.event_log.EventLog(queries)
         self.children_created = 0
 
@@ -53,7 +55,6 @@ class Log:
         task_name: str = "charge",
         input: Any = None,
         kind: str = "TASK_STARTED",
-        is_new: bool = False,
     ) -> Any:
         async def create_child() -> int:
             self.children_created += 1
@@ -67,8 +68,7 @@ class Log:
         arguments: list[Any] = [task_name, input][: 2 * (self.lesson.number >= 6)]
         if self.lesson.number >= 7:
             arguments.append(create_child)
-        append = self.log.append_new if is_new else self.log.append
-        return await append(conn, task, event_id, kind, *arguments)
+        return await self.log.append(conn, task, event_id, kind, *arguments)
 
     async def append(self, task: Any, event_id: int = 1, *event: Any) -> Any:
         async with self.pool.connection() as conn, conn.transaction():
@@ -112,21 +112,30 @@ async def test_two_tasks_do_not_share_a_log(log: Log) -> None:
 
 
 @pytest.mark.since(7)
-async def test_a_new_event_is_appended_without_a_search_but_by_the_owner_only(log: Log) -> None:
+async def test_event_and_child_are_one_statement_for_the_owner_of_a_first_attempt(log: Log) -> None:
     task = await log.new_task()
-    async with log.pool.connection() as conn, conn.transaction():
-        event, was_recorded = await log.append_on(conn, task, is_new=True)
-    assert was_recorded is False
-    again, was_recorded = await log.append(task)
-    assert (again, was_recorded) == (event, True)
 
+    async def start(event_id: int) -> Any:
+        async with log.pool.connection() as conn:
+            return await start_new_child(
+                log.lesson, log.queries, conn, task, event_id, "charge", None, max_retries=2
+            )
+
+    child = await start(1)
+    found, was_recorded = await log.append(task)
+    assert (found.child_task_id, was_recorded) == (child.id, True)
+    (row,) = await execute(log.pool, "SELECT * FROM tasks WHERE id = %s", child.id)
+    assert log.lesson.models.Task(**row) == child
+    assert (child.queue, child.priority, child.max_retries) == (task.queue, task.priority, 2)
+
+    tasks = await execute(log.pool, "SELECT * FROM tasks")
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        await start(1)
     await log.claim(task.id)
-    tasks = await execute(log.pool, "SELECT count(*) AS n FROM tasks")
     with pytest.raises(log.lesson.errors.TaskNotOwnedError, match=f"task {task.id} "):
-        async with log.pool.connection() as conn, conn.transaction():
-            await log.append_on(conn, task, 2, is_new=True)
+        await start(2)
     assert len(await log.rows()) == 1
-    assert await execute(log.pool, "SELECT count(*) AS n FROM tasks") == tasks
+    assert len(await execute(log.pool, "SELECT * FROM tasks")) == len(tasks)
 
 
 @pytest.mark.since(7)

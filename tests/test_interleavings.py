@@ -193,7 +193,9 @@ class Run:
             async with await open_connection(self.shop.pool) as other:
                 result = query(other, **parameters)
                 if isinstance(result, Awaitable):
-                    await result
+                    # An event that has been recorded meanwhile is refused; nobody hears of it.
+                    with suppress(psycopg.errors.UniqueViolation):
+                        await result
                 else:
                     _ = [row async for row in result]
 

@@ -40,7 +40,7 @@ from hypothesis.stateful import (
 from psycopg.types.json import Jsonb
 
 from engine_model import FINISHED, Brief, Claim, Event, Model, ModelTask, Refused, brief
-from helpers import DEADLINE, wait_for
+from helpers import DEADLINE, start_new_child, wait_for
 from lesson_loader import Lesson
 from shared import Connection, load_queries, open_connection, open_pool
 
@@ -693,21 +693,27 @@ class Engine(RuleBasedStateMachine):
         }[status]
 
         async def write(conn: Connection) -> list[Brief]:
-            row = await query(
+            changed = await query(
                 conn,
                 id=claim.id,
                 worker_id=UUID(int=claim.worker),
                 attempt=claim.attempt,
                 output=Jsonb(output),
             )
-            return [brief_row(await self.queries.get_task(conn, id=row["id"]))] if row else []
+            return [brief_row(await self.queries.get_task(conn, id=claim.id))] if changed else []
 
         return Step(status, write, lambda model, held: model.end(claim, status, output))
 
     def appending(self, claim: Claim, event_id: int, name: str, input: int) -> Step:
         event = Event(name, input, self.last_id + 1)
+        # As the context does for every event of a first attempt; here for every other one.
+        is_over = self.model.tasks[claim.id].attempt > 1
+        is_new = self.held is None and (is_over or event_id > len(self.model.logs[claim.id]))
+        at_once = claim.attempt == 1 and is_new and event_id % 2
 
         async def append(conn: Connection) -> tuple[int, bool]:
+            if at_once:
+                return await self.start_child(conn, claim, event_id, name, input), False
             created: list[int] = []
 
             async def create_child() -> int:
@@ -739,15 +745,23 @@ class Engine(RuleBasedStateMachine):
     ) -> tuple[int, bool]:
         task = self.bench.lesson.models.Task(**self.claims[claim])
         log = self.bench.lesson.event_log.EventLog(self.queries)
-        # As the context does for every event of a first attempt; here for every other one.
-        is_over = self.model.tasks[claim.id].attempt > 1
-        is_new = self.held is None and (is_over or event_id > len(self.model.logs[claim.id]))
-        append = log.append_new if claim.attempt == 1 and is_new and event_id % 2 else log.append
         async with conn.transaction():
-            event, already_recorded = await append(
+            event, already_recorded = await log.append(
                 conn, task, event_id, "TASK_STARTED", name, input, create_child
             )
         return event.child_task_id, already_recorded
+
+    async def start_child(
+        self, conn: Connection, claim: Claim, event_id: int, name: str, input: int
+    ) -> int:
+        """What create_child and append_event do, in one statement."""
+        task = self.bench.lesson.models.Task(**self.claims[claim])
+        options = {"max_retries": 1, "timeout": None, "is_durable": name == "order"}
+        child = await start_new_child(
+            self.bench.lesson, self.queries, conn, task, event_id, name, input, **options
+        )
+        self.last_id = max(self.last_id, child.id)
+        return int(child.id)
 
     async def create_child(self, conn: Connection, claim: Claim, name: str, input: int) -> int:
         parent = self.claims[claim]

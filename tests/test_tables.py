@@ -14,6 +14,7 @@ from lesson_loader import LESSONS
 from shared import Connection, Pool, load_queries
 
 # Section 4 of the design: column, type, nullable, does it have a default? By the first lesson.
+# The types of the two timeouts are domains, of INTERVAL and of TIMESTAMPTZ.
 TASKS = {
     2: [
         ("id", "bigint", False, True),
@@ -28,8 +29,8 @@ TASKS = {
     4: [
         ("retry_count", "integer", False, True),
         ("max_retries", "integer", False, True),
-        ("timeout", "interval", True, False),
-        ("schedule_timeout_at", "timestamp with time zone", True, False),
+        ("timeout", "timeout_interval", True, False),
+        ("schedule_timeout_at", "timeout_time", True, False),
         ("priority", "integer", False, True),
         ("worker_id", "uuid", True, False),
         ("attempt", "integer", False, True),

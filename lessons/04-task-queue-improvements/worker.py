@@ -206,7 +206,7 @@ class Worker:
 
     async def _complete(self, task: Task, output: Any) -> None:
         try:
-            await self._write(self.queries.complete_task, task, output)
+            await self._write(self.queries.complete_task, task, output, "COMPLETED")
         except Exception as error:  # the output is not JSON, or nothing that jsonb takes
             await self._fail(task, error)
 
@@ -214,15 +214,19 @@ class Worker:
         """Record a failure: the task goes back to the queue if it has retries left."""
         can_retry = is_retryable(error) and task.retry_count < task.max_retries
         query = self.queries.requeue_failed_task if can_retry else self.queries.fail_task
-        await self._write(query, task, {"error": error_text(error)})
+        text = error_text(error)
+        what = f"{'QUEUED' if can_retry else 'FAILED'}, {text}"
+        await self._write(query, task, {"error": text}, what)
 
-    async def _write(self, query: Callable[..., Awaitable[Any]], task: Task, output: Any) -> None:
-        """Write the outcome of an attempt, however long the database is away.
+    async def _write(
+        self, query: Callable[..., Awaitable[int]], task: Task, output: Any, what: str
+    ) -> None:
+        """Write the outcome of an attempt, and log it, however long the database is away.
 
         The attempt is the fencing token: if the task has been taken from us, no row matches.
         """
 
-        async def write() -> Any:
+        async def write() -> int:
             async with self.pool.connection() as conn:
                 return await query(
                     conn,
@@ -232,13 +236,9 @@ class Worker:
                     output=Jsonb(output),
                 )
 
-        row = await keep_trying(write)
-        if row is None:
-            self._log(task, "is not ours any more, its outcome is dropped")
-        elif query is self.queries.complete_task:
-            self._log(task, "COMPLETED")
-        else:
-            self._log(task, f"{row['status']}, {output['error']}")
+        if not await keep_trying(write):
+            what = "is not ours any more, its outcome is dropped"
+        self._log(task, what)
 
     async def _put_back(self, running: Collection[Task], why: str) -> None:
         """Queue again all tasks that this worker owns, except the running ones."""

@@ -12,10 +12,10 @@ from weakref import WeakSet
 
 from psycopg.types.json import Jsonb
 
-from errors import ChildTaskError, NonDeterminismError
-from event_log import EventLog
+from errors import ChildTaskError, NonDeterminismError, TaskNotOwnedError
+from event_log import EventLog, event_key
 from models import Task
-from shared import Pool, Queries, UnreadableJson, keep_trying
+from shared import Connection, Pool, Queries, UnreadableJson, keep_trying
 
 if TYPE_CHECKING:
     from worker import Worker
@@ -89,32 +89,60 @@ class DurableContext:
 
     async def _start_child(self, event_id: int, input: Any, options: dict[str, Any]) -> Task:
         """In one transaction, the event and its child; returns the child as it is now."""
-        queries, task = self._worker.queries, self._task
-        created: Task | None = None
         # Until it has worked: if the answer to a commit gets lost, the event may be recorded.
         is_new, self._log_is_known = self._log_is_known, False
-        append = EventLog(queries).append_new if is_new else EventLog(queries).append
-        async with self._worker.pool.connection() as conn, conn.transaction():
-
-            async def create_child() -> int:
-                nonlocal created
-                row = await queries.create_task(
-                    conn,
-                    queue=task.queue,
-                    input=Jsonb(input),
-                    schedule_timeout=None,
-                    priority=task.priority,
-                    **options,
-                )
-                created = Task(**row)
-                return created.id
-
-            event, _ = await append(
-                conn, task, event_id, "TASK_STARTED", options["task_name"], input, create_child
-            )
-            child = created or Task(**await queries.get_task(conn, id=event.child_task_id))
+        start = self._start_new_child if is_new else self._find_or_start_child
+        async with self._worker.pool.connection() as conn:
+            child = await start(conn, event_id, input, options)
         self._log_is_known = is_new
         return child
+
+    async def _start_new_child(
+        self, conn: Connection, event_id: int, input: Any, options: dict[str, Any]
+    ) -> Task:
+        """In one statement: nobody has recorded this event, so there is nothing to look for."""
+        row = await self._worker.queries.start_child(
+            conn,
+            task_id=self.task_id,
+            worker_id=self._task.worker_id,
+            attempt=self.attempt,
+            event_id=event_id,
+            kind="TASK_STARTED",
+            key=event_key("TASK_STARTED", options["task_name"], input),
+            input=Jsonb(input),
+            **options,
+        )
+        if row is None:
+            raise TaskNotOwnedError(
+                f"task {self.task_id} is not owned by attempt {self.attempt} any more"
+            )
+        return Task(**row)
+
+    async def _find_or_start_child(
+        self, conn: Connection, event_id: int, input: Any, options: dict[str, Any]
+    ) -> Task:
+        """With the log, which may have this event from an earlier attempt."""
+        queries, task = self._worker.queries, self._task
+        created: Task | None = None
+
+        async def create_child() -> int:
+            nonlocal created
+            row = await queries.create_task(
+                conn,
+                queue=task.queue,
+                input=Jsonb(input),
+                schedule_timeout=None,
+                priority=task.priority,
+                **options,
+            )
+            created = Task(**row)
+            return created.id
+
+        async with conn.transaction():
+            event, _ = await EventLog(queries).append(
+                conn, task, event_id, "TASK_STARTED", options["task_name"], input, create_child
+            )
+            return created or Task(**await queries.get_task(conn, id=event.child_task_id))
 
     async def check_log_is_used_up(self) -> None:
         """Raise NonDeterminismError if earlier attempts did more than this one, which is done."""

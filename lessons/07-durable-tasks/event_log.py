@@ -71,34 +71,12 @@ class EventLog:
                 )
             return event, True
 
-        return await self.append_new(conn, task, event_id, kind, task_name, input, create_child)
-
-    async def append_new(
-        self,
-        conn: Connection,
-        task: Task,
-        event_id: int,
-        kind: str,
-        task_name: str,
-        input: Any,
-        create_child: Callable[[], Awaitable[int]],
-    ) -> tuple[DurableEvent, bool]:
-        """Append an event that nobody can have recorded yet, and create its child.
-
-        Like `append`, without the search: two round trips less.
-        """
         row = await self.queries.append_event(
             conn,
             task_id=task.id,
-            worker_id=task.worker_id,
-            attempt=task.attempt,
             event_id=event_id,
             kind=kind,
-            key=event_key(kind, task_name, input),
+            key=key,
             child_task_id=await create_child(),
         )
-        if row is None:
-            raise TaskNotOwnedError(
-                f"task {task.id} is not owned by attempt {task.attempt} any more"
-            )
         return DurableEvent(**row), False

@@ -56,7 +56,7 @@ WHERE id = :id
   AND worker_id = :worker_id
   AND attempt = :attempt
   AND status = 'RUNNING'
-RETURNING id, attempt, status, output;
+RETURNING status, output;
 
 -- name: fail_task(id, worker_id, attempt, output)^
 UPDATE tasks
@@ -67,7 +67,7 @@ WHERE id = :id
   AND worker_id = :worker_id
   AND attempt = :attempt
   AND status = 'RUNNING'
-RETURNING id, attempt, status, output;
+RETURNING status, output;
 
 -- name: requeue_failed_task(id, worker_id, attempt, output)^
 -- A failure with retries left.
@@ -80,7 +80,7 @@ WHERE id = :id
   AND worker_id = :worker_id
   AND attempt = :attempt
   AND status = 'RUNNING'
-RETURNING id, attempt, status, output;
+RETURNING status, output;
 
 -- name: requeue_own_tasks(worker_id, ids, attempts)
 -- Put back what this worker owns and does not run: all but the (id, attempt) given.
@@ -204,16 +204,33 @@ FROM durable_events
 WHERE task_id = :task_id
 ORDER BY event_id;
 
--- name: append_event(task_id, worker_id, attempt, event_id, kind, key, child_task_id)^
+-- name: append_event(task_id, event_id, kind, key, child_task_id)^
 INSERT INTO durable_events (task_id, event_id, kind, key, child_task_id)
-SELECT id, :event_id, :kind, :key, :child_task_id
-FROM tasks
-WHERE id = :task_id
-  AND worker_id = :worker_id
-  AND attempt = :attempt
-  AND status = 'RUNNING'
-FOR UPDATE
+VALUES (:task_id, :event_id, :kind, :key, :child_task_id)
 RETURNING *;
+
+-- name: start_child(task_id, worker_id, attempt, event_id, kind, key, task_name, input, max_retries, timeout, is_durable)^
+-- lock_task, create_task and append_event in one statement, which is a transaction of its own.
+WITH parent AS (
+    SELECT id, queue, priority
+    FROM tasks
+    WHERE id = :task_id
+      AND worker_id = :worker_id
+      AND attempt = :attempt
+      AND status = 'RUNNING'
+    FOR UPDATE
+), child AS (
+    INSERT INTO tasks (queue, task_name, input, max_retries, timeout, priority, is_durable)
+    SELECT queue, :task_name, :input, :max_retries, :timeout, priority, :is_durable
+    FROM parent
+    RETURNING *
+), event AS (
+    INSERT INTO durable_events (task_id, event_id, kind, key, child_task_id)
+    SELECT :task_id, :event_id, :kind, :key, id
+    FROM child
+)
+SELECT *
+FROM child;
 
 -- name: delete_events(task_id)!
 DELETE FROM durable_events

@@ -2,6 +2,13 @@
 
 CREATE TYPE task_status AS ENUM ('QUEUED', 'RUNNING', 'COMPLETED', 'FAILED');
 
+-- Types for times that Python can represent, unlike 'infinity'. A CHECK of the table would be parsed
+-- again by each statement that writes a task.
+CREATE DOMAIN timeout_interval AS INTERVAL
+CHECK (VALUE BETWEEN '0 s' AND '1000 years');
+CREATE DOMAIN timeout_time AS TIMESTAMPTZ
+CHECK (VALUE BETWEEN '1000-01-01' AND '9999-01-01');
+
 CREATE TABLE tasks (
     id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     inserted_at TIMESTAMPTZ NOT NULL DEFAULT now(),
@@ -13,10 +20,8 @@ CREATE TABLE tasks (
     finished_at TIMESTAMPTZ,
     retry_count INT NOT NULL DEFAULT 0,
     max_retries INT NOT NULL DEFAULT 0,
-    -- The checks keep out times that Python cannot represent, such as 'infinity'.
-    timeout INTERVAL CHECK (timeout BETWEEN '0 s' AND '1000 years'),
-    schedule_timeout_at TIMESTAMPTZ
-        CHECK (schedule_timeout_at BETWEEN '1000-01-01' AND '9999-01-01'),
+    timeout timeout_interval,
+    schedule_timeout_at timeout_time,
     priority INT NOT NULL DEFAULT 1,
     worker_id UUID,
     attempt INT NOT NULL DEFAULT 0,

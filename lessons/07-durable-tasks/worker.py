@@ -71,7 +71,7 @@ class Worker:
         self._slots = {False: concurrency, True: durable_concurrency}  # by is_durable
         self._functions: dict[str, TaskFunction] = {}
         self._running: dict[asyncio.Task[None], Task] = {}
-        self._more_waiting = {False: False, True: False}  # did the last claim fill every slot?
+        self._more_waiting = {False: False, True: False}  # is there reason to think so?
         self._wake = asyncio.Event()  # set when there is a reason to poll at once
         self._stopping = False
         self._giving_up: dict[bool, asyncio.Future[None]]  # done when running tasks must not go on
@@ -138,10 +138,13 @@ class Worker:
     async def _poll(self, queue: str, group: asyncio.TaskGroup) -> None:
         """Claim tasks and start them, until told to stop."""
         clock = asyncio.get_running_loop().time
-        check_at = 0.0
+        check_at = poll_at = 0.0
         await self._registered.wait()
         while not self._stopping:
             self._wake.clear()
+            if clock() >= poll_at:
+                self._more_waiting = dict.fromkeys(self._slots, True)  # perhaps
+                poll_at = clock() + POLL_INTERVAL
             answered = False
             with surviving_outage(f"worker {self.display_name}: cannot poll"):
                 if clock() >= check_at:
@@ -155,17 +158,18 @@ class Worker:
                         run.add_done_callback(self._release_slot)
                 answered = True
             if not answered:
-                check_at = 0.0
+                check_at = poll_at = 0.0
                 await self._pause(HEARTBEAT_INTERVAL)
             elif not any(
                 self._more_waiting[kind] and self._free_slots(kind) for kind in self._slots
             ):
-                await self._pause(POLL_INTERVAL)
+                await self._pause(poll_at - clock())
 
     async def _claim(self, queue: str, is_durable: bool) -> list[Task]:
         """Take the most urgent queued tasks, one for each free slot: nobody else will run them."""
-        if not self._free_slots(is_durable):
+        if not (self._more_waiting[is_durable] and self._free_slots(is_durable)):
             return []
+        self._more_waiting[is_durable] = False
         async with self.pool.connection() as conn:
             # Counted here, not before: while we waited for a connection more slots came free.
             limit = self._free_slots(is_durable)
@@ -173,7 +177,8 @@ class Worker:
                 conn, queue=queue, is_durable=is_durable, limit=limit, worker_id=self.id
             )
             tasks = [Task(**row) async for row in rows]
-        self._more_waiting[is_durable] = len(tasks) == limit
+        if len(tasks) == limit:
+            self._more_waiting[is_durable] = True
         return tasks
 
     def _free_slots(self, is_durable: bool) -> int:
@@ -263,7 +268,7 @@ class Worker:
 
     async def _complete(self, task: Task, output: Any) -> None:
         try:
-            await self._write(self.queries.complete_task, task, output)
+            await self._write(self.queries.complete_task, task, output, "COMPLETED")
         except Exception as error:  # the output is not JSON, or nothing that jsonb takes
             await self._fail(task, error)
 
@@ -271,15 +276,19 @@ class Worker:
         """Record a failure: the task goes back to the queue if it has retries left."""
         can_retry = is_retryable(error) and task.retry_count < task.max_retries
         query = self.queries.requeue_failed_task if can_retry else self.queries.fail_task
-        output: dict[str, Any] = {"error": error_text(error)}
+        text = error_text(error)
+        what = f"{'QUEUED' if can_retry else 'FAILED'}, {text}"
+        output: dict[str, Any] = {"error": text}
         # Exactly that class: a subclass of the user's may lack the id.
         child_errors = (leaf for leaf in leaves(error) if type(leaf) is ChildTaskError)
         if child_error := next(child_errors, None):
             output["child_task_id"] = child_error.child_task_id
-        await self._write(query, task, output)
+        await self._write(query, task, output, what)
 
-    async def _write(self, query: Callable[..., Awaitable[Any]], task: Task, output: Any) -> None:
-        """Write the outcome of an attempt, however long the database is away.
+    async def _write(
+        self, query: Callable[..., Awaitable[Any]], task: Task, output: Any, what: str
+    ) -> None:
+        """Write the outcome of an attempt, and log it, however long the database is away.
 
         The attempt is the fencing token: if the task has been taken from us, no row matches.
         """
@@ -296,14 +305,10 @@ class Worker:
 
         row = await keep_trying(write)
         if row is None:
-            self._log(task, "is not ours any more, its outcome is dropped")
-            return
-        if row["status"] != "QUEUED":
-            self._task_finished(row)
-        if query is self.queries.complete_task:
-            self._log(task, "COMPLETED")
-        else:
-            self._log(task, f"{row['status']}, {output['error']}")
+            what = "is not ours any more, its outcome is dropped"
+        elif row["status"] != "QUEUED":
+            self._task_finished({"id": task.id, "attempt": task.attempt, **row})
+        self._log(task, what)
 
     async def _put_back(self, running: Collection[Task], why: str) -> None:
         """Queue again all tasks that this worker owns, except the running ones."""
@@ -370,6 +375,7 @@ class Worker:
         finished: asyncio.Future[Task] = asyncio.get_running_loop().create_future()
         waits = self._waits.setdefault(child.id, {})
         waits[finished] = (parent, child)
+        self._more_waiting[child.is_durable] = True
         self._wake.set()  # there is a child to claim, and perhaps a slot
         try:
             return await finished
