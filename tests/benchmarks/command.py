@@ -27,7 +27,7 @@ from benchmarks.stage import Stage, database, open_stage
 from lesson_loader import all_lessons, lesson_number
 from shared import run
 
-ROUNDS = scaled(5)
+ROUNDS = scaled(9)
 QUICK_ROUNDS = scaled(3)
 GROWTH_ROUNDS = scaled(3)
 
