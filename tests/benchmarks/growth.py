@@ -43,7 +43,7 @@ async def measure_growth(book: Book, floor: Stage, stage: Stage) -> None:
         await with_finished(book, f"{lesson}.finished_{finished}", floor, stage, finished)
     await measure_floor(book, floor)
     await with_queued(book, f"{lesson}.queued_{QUEUED}", stage)
-    for number in PROCESSES:
+    for number in PROCESSES * 2:
         await measure_floor(book, floor)
         await stage.clear()
         prefix = f"{lesson}.processes_{number}"
