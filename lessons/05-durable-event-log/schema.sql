@@ -2,8 +2,8 @@
 
 CREATE TYPE task_status AS ENUM ('QUEUED', 'RUNNING', 'COMPLETED', 'FAILED');
 
--- Types for times that Python can represent, unlike 'infinity'. A CHECK of the table would be parsed
--- again by each statement that writes a task.
+-- Only what Python's times can hold: 'infinity' is refused. As domains, since a CHECK of the table
+-- would be parsed again by each statement that writes a task.
 CREATE DOMAIN timeout_interval AS INTERVAL
 CHECK (VALUE BETWEEN '0 s' AND '1000 years');
 CREATE DOMAIN timeout_time AS TIMESTAMPTZ

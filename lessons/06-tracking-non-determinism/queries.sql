@@ -145,13 +145,15 @@ WHERE tasks.id = lost.id
 RETURNING tasks.*;
 
 -- name: delete_inactive_workers(active_since)!
-DELETE FROM workers
-WHERE id IN (
+WITH inactive AS (
     SELECT id
     FROM workers
     WHERE last_heartbeat_at <= :active_since
     FOR UPDATE SKIP LOCKED
-);
+)
+DELETE FROM workers
+USING inactive
+WHERE workers.id = inactive.id;
 
 -- name: delete_worker(id)!
 DELETE FROM workers

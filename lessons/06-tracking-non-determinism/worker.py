@@ -183,7 +183,7 @@ class Worker:
             if timed_out:
                 await self._fail(task, TimeoutError(f"timed out after {task.timeout}"))
             # Else the worker shuts down, and puts back all that it still owns at the end.
-        elif call.cancelled():
+        elif call.cancelled():  # it returned while a cancellation of its own was due
             await self._fail(task, asyncio.CancelledError("the function cancelled itself"))
         else:
             output, error = call.result()

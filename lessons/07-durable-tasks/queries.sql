@@ -80,7 +80,7 @@ WHERE id = :id
   AND worker_id = :worker_id
   AND attempt = :attempt
   AND status = 'RUNNING'
-RETURNING status, output;
+RETURNING status;
 
 -- name: requeue_own_tasks(worker_id, ids, attempts)
 -- Put back what this worker owns and does not run: all but the (id, attempt) given.
@@ -149,13 +149,15 @@ WHERE tasks.id = lost.id
 RETURNING tasks.*;
 
 -- name: delete_inactive_workers(active_since)!
-DELETE FROM workers
-WHERE id IN (
+WITH inactive AS (
     SELECT id
     FROM workers
     WHERE last_heartbeat_at <= :active_since
     FOR UPDATE SKIP LOCKED
-);
+)
+DELETE FROM workers
+USING inactive
+WHERE workers.id = inactive.id;
 
 -- name: delete_worker(id)!
 DELETE FROM workers
@@ -260,7 +262,7 @@ WHERE parent.id = :id
 FOR UPDATE OF child;
 
 -- name: reset_task(id)!
--- Queue a finished task again, with all its retries.
+-- Queue a finished task again, with all its retries. `attempt` goes on: it is the fencing token.
 UPDATE tasks
 SET status = 'QUEUED',
     output = NULL,

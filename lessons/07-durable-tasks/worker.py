@@ -143,7 +143,7 @@ class Worker:
         while not self._stopping:
             self._wake.clear()
             if clock() >= poll_at:
-                self._more_waiting = dict.fromkeys(self._slots, True)  # perhaps
+                self._more_waiting = dict.fromkeys(self._slots, True)  # it is time to look
                 poll_at = clock() + POLL_INTERVAL
             answered = False
             with surviving_outage(f"worker {self.display_name}: cannot poll"):
@@ -169,7 +169,7 @@ class Worker:
         """Take the most urgent queued tasks, one for each free slot: nobody else will run them."""
         if not (self._more_waiting[is_durable] and self._free_slots(is_durable)):
             return []
-        self._more_waiting[is_durable] = False
+        self._more_waiting[is_durable] = False  # wait_for_child may set it during the claim
         async with self.pool.connection() as conn:
             # Counted here, not before: while we waited for a connection more slots came free.
             limit = self._free_slots(is_durable)
@@ -229,7 +229,7 @@ class Worker:
             if timed_out:
                 await self._fail(task, TimeoutError(f"timed out after {task.timeout}"))
             # Else the worker shuts down, and puts back all that it still owns at the end.
-        elif call.cancelled():
+        elif call.cancelled():  # it returned while a cancellation of its own was due
             await self._fail(task, asyncio.CancelledError("the function cancelled itself"))
         else:
             output, error = call.result()
@@ -398,6 +398,7 @@ class Worker:
     def _task_finished(self, row: dict[str, Any]) -> None:
         """Wake those who wait for this task, unless retry_task has queued it again meanwhile."""
         for finished, (_, child) in self._waits.get(row["id"], {}).items():
+            # Seen QUEUED, its last attempt (0 is none) is over: an outcome of that is out of date.
             next_attempt = child.attempt + (child.status == "QUEUED" and child.attempt > 0)
             if next_attempt <= row["attempt"] and not finished.done():
                 finished.set_result(replace(child, **row))
