@@ -41,6 +41,11 @@ NETWORK = {
 }
 # A program that is frozen inside a transaction must not keep its row locks for ever.
 TRANSACTION_LIMIT = "-c idle_in_transaction_session_timeout=15s"
+# A server may have these set otherwise. psycopg reads times in no other style, and the lessons'
+# statements are thought through for this isolation level.
+RELIED_ON = (
+    r"-c datestyle=ISO -c intervalstyle=postgres -c default_transaction_isolation=read\ committed"
+)
 
 # Every error reaches the caller as an exception; the pool's own lines would only repeat it.
 logging.getLogger("psycopg").setLevel(logging.CRITICAL)
@@ -193,7 +198,8 @@ def conninfo(schema: str) -> str:
             f"DATABASE_URL is not a valid connection string: {reason}. "
             "It should look like postgresql://user:password@host:5432/database"
         ) from None
-    options = f"{given.pop('options', '')} -c search_path={schema} {TRANSACTION_LIMIT}"
+    settings = f"-c search_path={schema} {TRANSACTION_LIMIT} {RELIED_ON}"
+    options = f"{given.pop('options', '')} {settings}"
     name = f"{schema}:{os.getpid()}"
     return make_conninfo("", **{**NETWORK, "application_name": name, **given, "options": options})
 

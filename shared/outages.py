@@ -14,6 +14,9 @@ T = TypeVar("T")
 
 FIRST_DELAY = 0.1  # seconds
 MAX_DELAY = 1.0
+# InternalErrors to psycopg: for too long idle in a transaction, or in one at all, which is no more
+# than a lost connection; and a server that is read-only, until its failover is over.
+AWAY = {"25P03", "25P04", "25006"}
 
 logger = logging.getLogger(__name__)
 # How many keep_trying calls are failing just now: a hundred of them are one outage, not a hundred.
@@ -23,14 +26,14 @@ failing = 0
 def is_away(error: BaseException) -> bool:
     """Whether an error means that the database cannot answer now but may do so later.
 
-    True for a lost connection, a restart, a pool timeout, a deadlock, too many connections. False
-    for a closed pool, for a statement's own fault, and for SQLSTATE class 54 (a value too large or
-    too complex), which psycopg calls an OperationalError too.
+    True for a lost connection, a restart, a pool timeout, a deadlock, too many connections, a
+    read-only server. False for a closed pool, for a statement's own fault, and for SQLSTATE class
+    54 (a value too large or too complex), which psycopg calls an OperationalError too.
     """
     if isinstance(error, PoolClosed):
         return False
-    if isinstance(error, psycopg.errors.IdleInTransactionSessionTimeout):
-        return True  # an InternalError to psycopg, but no more than a lost connection
+    if isinstance(error, psycopg.Error) and error.sqlstate in AWAY:
+        return True
     if not isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
         return False
     return not (error.sqlstate or "").startswith("54")

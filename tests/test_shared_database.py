@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 
 import psycopg
@@ -93,6 +94,29 @@ async def test_options_in_the_url_are_kept(
             "AS name, current_schema() AS schema"
         )
         assert await cursor.fetchone() == {"memory": "1MB", "name": "mine", "schema": "lesson_07"}
+
+
+async def test_settings_of_a_server_that_the_lessons_cannot_work_with(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", database)
+    with psycopg.connect(database, autocommit=True) as conn:
+        (name,) = conn.execute("SELECT current_database()").fetchone() or ()
+        for setting in (
+            "intervalstyle = 'iso_8601'",
+            "datestyle = 'SQL, DMY'",
+            "default_transaction_isolation = 'repeatable read'",
+        ):
+            conn.execute(f'ALTER DATABASE "{name}" SET {setting}'.encode())
+    async with open_pool(small_lesson(tmp_path)) as pool, pool.connection() as conn:
+        cursor = await conn.execute(
+            "SELECT current_setting('transaction_isolation') AS isolation, "
+            "INTERVAL '-1.5 s' AS delay, TIMESTAMPTZ 'epoch' AS time"
+        )
+        row = await cursor.fetchone()
+    assert row
+    assert row.pop("time").timestamp() == 0
+    assert row == {"isolation": "read committed", "delay": timedelta(seconds=-1.5)}
 
 
 def test_database_url_is_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,9 @@ AWAY = [
     errors.DeadlockDetected(),
     errors.SerializationFailure(),
     errors.TooManyConnections(),
+    errors.IdleInTransactionSessionTimeout(),
+    errors.lookup("25P04")(),  # transaction_timeout, of Postgres 17
+    errors.ReadOnlySqlTransaction(),
 ]
 NOT_AWAY = [
     PoolClosed("the pool is closed"),
