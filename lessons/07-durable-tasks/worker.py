@@ -77,8 +77,8 @@ class Worker:
         self._giving_up: dict[bool, asyncio.Future[None]]  # done when running tasks must not go on
         self._registered = asyncio.Event()  # set by the first heartbeat, or to stop
         self._beats_in_touch = 0  # heartbeats in a row that came in time
-        # Who waits for whom: by the child's id, the parents (two if one is our zombie), and the child
-        # as each has seen it.
+        # Who waits for whom: by the child's id, the parents (two if one is our zombie), and
+        # the child as each has seen it.
         self._waits: dict[int, dict[asyncio.Future[Task], tuple[Task, Task]]] = {}
 
     def register(self, task_name: str, function: TaskFunction) -> None:
