@@ -47,7 +47,7 @@ SELECT *
 FROM claimed
 ORDER BY priority DESC, id;
 
--- name: complete_task(id, worker_id, attempt, output)^
+-- name: complete_task(id, worker_id, attempt, output)!
 UPDATE tasks
 SET status = 'COMPLETED',
     output = :output,
@@ -55,10 +55,9 @@ SET status = 'COMPLETED',
 WHERE id = :id
   AND worker_id = :worker_id
   AND attempt = :attempt
-  AND status = 'RUNNING'
-RETURNING status, output;
+  AND status = 'RUNNING';
 
--- name: fail_task(id, worker_id, attempt, output)^
+-- name: fail_task(id, worker_id, attempt, output)!
 UPDATE tasks
 SET status = 'FAILED',
     output = :output,
@@ -66,10 +65,9 @@ SET status = 'FAILED',
 WHERE id = :id
   AND worker_id = :worker_id
   AND attempt = :attempt
-  AND status = 'RUNNING'
-RETURNING status, output;
+  AND status = 'RUNNING';
 
--- name: requeue_failed_task(id, worker_id, attempt, output)^
+-- name: requeue_failed_task(id, worker_id, attempt, output)!
 -- A failure with retries left.
 UPDATE tasks
 SET status = 'QUEUED',
@@ -79,8 +77,7 @@ SET status = 'QUEUED',
 WHERE id = :id
   AND worker_id = :worker_id
   AND attempt = :attempt
-  AND status = 'RUNNING'
-RETURNING status;
+  AND status = 'RUNNING';
 
 -- name: requeue_own_tasks(worker_id, ids, attempts)
 -- Put back what this worker owns and does not run: all but the (id, attempt) given.

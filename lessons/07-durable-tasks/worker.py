@@ -80,6 +80,8 @@ class Worker:
         # Who waits for whom: by the child's id, the parents (two if one is our zombie), and
         # the child as each has seen it.
         self._waits: dict[int, dict[asyncio.Future[Task], tuple[Task, Task]]] = {}
+        self._ended_here: list[int] = []  # awaited children that ended here since we last asked
+        self._ask = asyncio.Event()  # set when there are any
 
     def register(self, task_name: str, function: TaskFunction) -> None:
         """Let this function run the tasks called `task_name`; input and output are JSON values.
@@ -287,14 +289,14 @@ class Worker:
         await self._write(query, task, output, what)
 
     async def _write(
-        self, query: Callable[..., Awaitable[Any]], task: Task, output: Any, what: str
+        self, query: Callable[..., Awaitable[int]], task: Task, output: Any, what: str
     ) -> None:
         """Write the outcome of an attempt, and log it, however long the database is away.
 
         The attempt is the fencing token: if the task has been taken from us, no row matches.
         """
 
-        async def write() -> Any:
+        async def write() -> int:
             async with self.pool.connection() as conn:
                 return await query(
                     conn,
@@ -304,11 +306,11 @@ class Worker:
                     output=Jsonb(output),
                 )
 
-        row = await keep_trying(write)
-        if row is None:
+        if not await keep_trying(write):
             what = "is not ours any more, its outcome is dropped"
-        elif row["status"] != "QUEUED":
-            self._task_finished({"id": task.id, "attempt": task.attempt, **row})
+        elif task.id in self._waits:
+            self._ended_here.append(task.id)
+            self._ask.set()
         self._log(task, what)
 
     async def _put_back(self, running: Collection[Task], why: str) -> None:
@@ -386,14 +388,23 @@ class Worker:
                 del self._waits[child.id]
 
     async def _watch_children(self) -> None:
-        """Ask for all awaited children in one query: other workers run some of them."""
+        """Ask for awaited children: at once for those that ended here, by the clock for all."""
+        clock = asyncio.get_running_loop().time
+        poll_at = 0.0
         while True:
-            await asyncio.sleep(POLL_INTERVAL)
-            if not self._waits:
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(poll_at):
+                    await self._ask.wait()
+            self._ask.clear()
+            ids, self._ended_here = self._ended_here, []
+            if clock() >= poll_at:
+                ids = list(self._waits)  # other workers run some of them
+                poll_at = clock() + POLL_INTERVAL
+            if not ids:
                 continue
             with surviving_outage(f"worker {self.display_name}: cannot ask for children"):
                 async with self.pool.connection() as conn:
-                    async for row in self.queries.get_finished_tasks(conn, ids=list(self._waits)):
+                    async for row in self.queries.get_finished_tasks(conn, ids=ids):
                         self._task_finished(row)
 
     def _task_finished(self, row: dict[str, Any]) -> None:
