@@ -378,7 +378,7 @@ async def test_a_later_attempt_waits_for_the_child_that_still_runs(lab: Lab) -> 
     assert (row["output"], row["attempt"], lab.calls["slow"]) == ("done", 2, 1)
 
 
-async def test_what_a_worker_did_itself_it_need_not_ask_for(
+async def test_what_a_worker_did_itself_it_need_not_wait_for(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does it wait for a step that an earlier attempt has completed."""
