@@ -158,6 +158,26 @@ async def test_a_child_may_run_on_another_worker_than_its_parent(lab: Lab) -> No
     assert owners == {"parent": only_durable.id, "step": only_plain.id}
 
 
+async def test_children_elsewhere_are_not_forgotten_while_others_end_here(lab: Lab) -> None:
+    async def parent(context: Any, input: Any) -> Any:
+        return await context.run_task("step", 1)
+
+    id = await lab.enqueue(parent)
+    busy = lab.worker(parent, concurrency=0)
+    elsewhere = lab.worker(parent, durable_concurrency=0)
+
+    async def children_end_here() -> None:
+        while True:
+            busy._ask.set()
+            await asyncio.sleep(0.001)
+
+    async with working(busy, elsewhere):
+        ending = asyncio.create_task(children_end_here())
+        row = await finished(lab.pool, id)
+        ending.cancel()
+    assert row["output"] == 1
+
+
 # Lost connections
 
 
