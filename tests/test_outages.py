@@ -270,6 +270,40 @@ async def test_a_worker_survives_a_restart_of_the_server(
     assert sorted(started) == list(range(10))
 
 
+async def test_a_worker_survives_a_server_that_is_read_only_for_a_while(
+    lesson: Any, own_pool: Pool, caplog: pytest.LogCaptureFixture
+) -> None:
+    started = asyncio.Event()
+    release = asyncio.Event()
+
+    async def gated(input: Any) -> Any:
+        started.set()
+        await release.wait()
+        return input
+
+    async def make_read_only(value: str) -> None:
+        await execute(own_pool, f"ALTER SYSTEM SET default_transaction_read_only = {value}")
+        await execute(own_pool, "SELECT pg_reload_conf()")
+
+    id = await enqueue(own_pool, "gated", 1)
+    waiting = await enqueue(own_pool, "gated", 2)
+    settings = ALONE | {"concurrency": 1}
+    worker = make_worker(lesson, own_pool, load_queries(lesson.path), gated, **settings)
+    async with working(worker):
+        await asyncio.wait_for(started.wait(), DEADLINE)
+        await make_read_only("on")
+        try:
+            await wait_for(lambda: "read-only" in caplog.text, "the worker has noticed")
+            release.set()
+            await wait_for(lambda: "trying again" in caplog.text, "the outcome is refused")
+            assert (await get_task(own_pool, id))["status"] == "RUNNING"
+        finally:
+            await make_read_only("off")
+        rows = [await finished(own_pool, id), await finished(own_pool, waiting)]
+    for row in rows:
+        assert (row["status"], row["attempt"], row["retry_count"]) == ("COMPLETED", 1, 0)
+
+
 @pytest.mark.only(7)
 @pytest.mark.skipif(sys.platform == "win32", reason="Postgres is stopped by a signal")
 async def test_a_worker_that_never_reached_the_database_can_be_stopped(
