@@ -10,6 +10,7 @@ from shared.database import (
     open_pool,
 )
 from shared.embedded import EmbeddedPostgres
+from shared.exceptions import error_parts
 from shared.jsonb import UnreadableJson
 from shared.outages import is_away, keep_trying, surviving_outage
 from shared.runtime import error_text, run, stop_signals
@@ -21,6 +22,7 @@ __all__ = [
     "Queries",
     "UnreadableJson",
     "database_url",
+    "error_parts",
     "error_text",
     "is_away",
     "keep_trying",

@@ -15,17 +15,19 @@ FROM tasks
 WHERE queue = :queue
 ORDER BY id;
 
--- name: poll_tasks(queue, limit)
--- Claim the oldest queued tasks. SKIP LOCKED passes over rows that another worker is claiming
--- at this moment, so two workers never wait for each other and never get the same task.
+-- name: poll_tasks(queue, task_names, limit)
+-- Claim the oldest queued tasks that have one of these names. SKIP LOCKED passes over rows that another
+-- worker is claiming at this moment: two workers never wait for each other, and never get the same
+-- task. NO KEY is the lock that an UPDATE takes, and keeps no one from referring to the row.
 WITH picked AS (
     SELECT id
     FROM tasks
     WHERE queue = :queue
+      AND task_name = ANY (:task_names)
       AND status = 'QUEUED'
     ORDER BY id
     LIMIT :limit
-    FOR UPDATE SKIP LOCKED
+    FOR NO KEY UPDATE SKIP LOCKED
 )
 UPDATE tasks
 SET status = 'RUNNING'

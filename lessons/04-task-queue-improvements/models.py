@@ -25,4 +25,3 @@ class Task:
     priority: int
     worker_id: UUID | None
     attempt: int
-    lost_count: int

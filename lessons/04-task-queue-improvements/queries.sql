@@ -18,19 +18,21 @@ FROM tasks
 WHERE queue = :queue
 ORDER BY id;
 
--- name: poll_tasks(queue, limit, worker_id)
--- Claim the most urgent queued tasks, oldest first. SKIP LOCKED passes over rows that another
--- worker is claiming at this moment, so two workers never wait for each other and never get the
--- same task. RETURNING promises no order, hence the last SELECT.
+-- name: poll_tasks(queue, task_names, limit, worker_id)
+-- Claim the most urgent queued tasks that have one of these names, oldest first. SKIP LOCKED passes
+-- over rows that another worker is claiming at this moment: two workers never wait for each other,
+-- and never get the same task. NO KEY is the lock that an UPDATE takes, and keeps no one from
+-- referring to the row. RETURNING promises no order, hence the last SELECT.
 WITH picked AS (
     SELECT id
     FROM tasks
     WHERE queue = :queue
+      AND task_name = ANY (:task_names)
       AND status = 'QUEUED'
       AND (attempt > 0 OR schedule_timeout_at IS NULL OR schedule_timeout_at > now())
     ORDER BY priority DESC, id
     LIMIT :limit
-    FOR UPDATE SKIP LOCKED
+    FOR NO KEY UPDATE SKIP LOCKED
 ), claimed AS (
     UPDATE tasks
     SET status = 'RUNNING',
@@ -76,86 +78,45 @@ WHERE id = :id
   AND attempt = :attempt
   AND status = 'RUNNING';
 
--- name: requeue_own_tasks(worker_id, ids, attempts)
--- Put back what this worker owns and does not run: all but the (id, attempt) given.
-WITH unknown AS (
-    SELECT id
-    FROM tasks
-    WHERE worker_id = :worker_id
-      AND status = 'RUNNING'
-      AND (id, attempt) NOT IN (
-          SELECT *
-          FROM unnest(CAST(:ids AS BIGINT[]), CAST(:attempts AS INT[]))
-      )
-    ORDER BY id
-    FOR UPDATE SKIP LOCKED
-)
-UPDATE tasks
-SET status = 'QUEUED',
-    worker_id = NULL
-FROM unknown
-WHERE tasks.id = unknown.id
-RETURNING tasks.*;
-
--- name: heartbeat(id, display_name, max_silence)^
--- Say that this worker is alive. Tells whether it had been out of touch: silent for longer than
--- max_silence, or new, or taken for inactive by the others, who delete its row.
-WITH previous AS (
-    SELECT last_heartbeat_at
-    FROM workers
-    WHERE id = :id
-)
+-- name: heartbeat(id, display_name)!
+-- Say that this worker is alive. If the others took it for dead and deleted its row, it is back.
 INSERT INTO workers (id, display_name)
 VALUES (:id, :display_name)
 ON CONFLICT (id) DO UPDATE
-SET last_heartbeat_at = now()
-RETURNING NOT EXISTS (
-    SELECT
-    FROM previous
-    WHERE last_heartbeat_at > now() - make_interval(secs => :max_silence)
-) AS was_out_of_touch, last_heartbeat_at;
+SET last_heartbeat_at = now();
 
--- name: requeue_lost_tasks(active_since, max_lost_workers)
--- Take the running tasks of inactive workers away from them. The active workers are listed once:
--- a row that one of them claims before we lock it is checked against that list again.
+-- name: requeue_lost_tasks(inactive_after)
+-- Take the running tasks of inactive workers away from them: `attempt` refuses what they still
+-- write. Rows that somebody else is writing at this moment are left for the next time.
 WITH lost AS (
-    SELECT id, lost_count + 1 >= :max_lost_workers AS is_given_up
+    SELECT id
     FROM tasks
     WHERE status = 'RUNNING'
       AND (worker_id = ANY (ARRAY(
           SELECT id
           FROM workers
-          WHERE last_heartbeat_at > :active_since
+          WHERE last_heartbeat_at > now() - make_interval(secs => :inactive_after)
       ))) IS NOT TRUE
     ORDER BY id
-    FOR UPDATE SKIP LOCKED
+    FOR NO KEY UPDATE SKIP LOCKED
 )
 UPDATE tasks
-SET status = CASE WHEN is_given_up THEN 'FAILED' ELSE 'QUEUED' END::task_status,
-    output = CASE WHEN is_given_up THEN jsonb_build_object(
-        'error', 'its worker became inactive ' || lost_count + 1 || ' times'
-    ) ELSE output END,
-    finished_at = CASE WHEN is_given_up THEN now() END,
-    worker_id = NULL,
-    lost_count = lost_count + 1
+SET status = 'QUEUED',
+    worker_id = NULL
 FROM lost
 WHERE tasks.id = lost.id
 RETURNING tasks.*;
 
--- name: delete_inactive_workers(active_since)!
+-- name: delete_inactive_workers(inactive_after)!
 WITH inactive AS (
     SELECT id
     FROM workers
-    WHERE last_heartbeat_at <= :active_since
+    WHERE last_heartbeat_at <= now() - make_interval(secs => :inactive_after)
     FOR UPDATE SKIP LOCKED
 )
 DELETE FROM workers
 USING inactive
 WHERE workers.id = inactive.id;
-
--- name: delete_worker(id)!
-DELETE FROM workers
-WHERE id = :id;
 
 -- name: expire_tasks()
 -- Fail the tasks that nobody claimed in time.
@@ -166,7 +127,7 @@ WITH expired AS (
       AND attempt = 0
       AND schedule_timeout_at <= now()
     ORDER BY id
-    FOR UPDATE SKIP LOCKED
+    FOR NO KEY UPDATE SKIP LOCKED
 )
 UPDATE tasks
 SET status = 'FAILED',
@@ -177,3 +138,14 @@ SET status = 'FAILED',
 FROM expired
 WHERE tasks.id = expired.id
 RETURNING tasks.*;
+
+-- name: create_payment(order_id, amount)!
+-- The demo's payment service: it charges whenever it is asked to.
+INSERT INTO payments (order_id, amount)
+VALUES (:order_id, :amount);
+
+-- name: get_payments(order_id)
+SELECT *
+FROM payments
+WHERE order_id = :order_id
+ORDER BY inserted_at;

@@ -1,4 +1,4 @@
-"""The event log of a durable task: what it has done so far, for the next attempt to find.
+"""The event log of a task: what it has done so far, for the next attempt to find.
 
 It records that something was done and does not check yet that it was the same thing (lesson 06).
 """

@@ -25,8 +25,6 @@ class Task:
     priority: int
     worker_id: UUID | None
     attempt: int
-    lost_count: int
-    is_durable: bool
 
 
 @dataclass

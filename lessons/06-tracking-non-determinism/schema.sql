@@ -2,13 +2,6 @@
 
 CREATE TYPE task_status AS ENUM ('QUEUED', 'RUNNING', 'COMPLETED', 'FAILED');
 
--- Only what Python's times can hold: 'infinity' is refused. As domains, since a CHECK of the table
--- would be parsed again by each statement that writes a task.
-CREATE DOMAIN timeout_interval AS INTERVAL
-CHECK (VALUE BETWEEN '0 s' AND '1000 years');
-CREATE DOMAIN timeout_time AS TIMESTAMPTZ
-CHECK (VALUE BETWEEN '1000-01-01' AND '9999-01-01');
-
 CREATE TABLE tasks (
     id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     inserted_at TIMESTAMPTZ NOT NULL DEFAULT now(),
@@ -20,13 +13,11 @@ CREATE TABLE tasks (
     finished_at TIMESTAMPTZ,
     retry_count INT NOT NULL DEFAULT 0,
     max_retries INT NOT NULL DEFAULT 0,
-    timeout timeout_interval,
-    schedule_timeout_at timeout_time,
+    timeout INTERVAL,
+    schedule_timeout_at TIMESTAMPTZ,
     priority INT NOT NULL DEFAULT 1,
     worker_id UUID,
-    attempt INT NOT NULL DEFAULT 0,
-    lost_count INT NOT NULL DEFAULT 0,
-    is_durable BOOLEAN NOT NULL DEFAULT false
+    attempt INT NOT NULL DEFAULT 0
 );
 
 -- The claim reads this index. It is partial: a finished task has no entry in it, once VACUUM
@@ -51,7 +42,7 @@ CREATE TABLE workers (
 
 CREATE TYPE durable_event_kind AS ENUM ('TASK_STARTED');
 
--- The event log: what a durable task has done so far, in order, whatever the attempt.
+-- The event log: what a task has done so far, in order, whatever the attempt.
 CREATE TABLE durable_events (
     task_id BIGINT NOT NULL REFERENCES tasks ON DELETE CASCADE,
     event_id BIGINT NOT NULL CHECK (event_id > 0),
@@ -59,4 +50,11 @@ CREATE TABLE durable_events (
     inserted_at TIMESTAMPTZ NOT NULL DEFAULT now(),
     key TEXT NOT NULL,
     PRIMARY KEY (task_id, event_id)
+);
+
+-- The demo's payment service: who was charged.
+CREATE TABLE payments (
+    order_id TEXT NOT NULL,
+    amount NUMERIC NOT NULL,
+    inserted_at TIMESTAMPTZ NOT NULL DEFAULT now()
 );

@@ -1,8 +1,7 @@
 """A worker: it claims tasks from a queue in Postgres, runs them, and records how they ended.
 
-It has as many slots as it may run tasks at once, and claims no more than it has free slots. Workers
-watch each other's heartbeats: a task whose worker dies is run by another. Whatever has been done
-when that happens is done again (lessons 05 to 07).
+It claims no more than it has free slots. It is crash-only: an error of the database ends it, and
+after INACTIVE_AFTER other workers, or itself once it is started again, take what it left RUNNING.
 """
 
 import asyncio
@@ -10,33 +9,19 @@ import inspect
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Collection, Coroutine
-from contextlib import suppress
-from datetime import datetime, timedelta
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 from uuid import uuid4
 
 from psycopg.types.json import Jsonb
 
 from errors import NonRetryableError, is_retryable
+from heartbeat import Heartbeat
 from models import Task
-from shared import (
-    Connection,
-    Pool,
-    Queries,
-    UnreadableJson,
-    error_text,
-    keep_trying,
-    open_connection,
-    stop_signals,
-    surviving_outage,
-)
+from shared import Pool, Queries, UnreadableJson, error_text, keep_trying, open_connection
+from slots import Slots
 
-POLL_INTERVAL = 0.1  # seconds between two polls of an empty queue
-HEARTBEAT_INTERVAL = 1.0  # seconds between two heartbeats
-INACTIVE_AFTER = 5.0  # seconds without a heartbeat until inactive; more than two intervals
-SHUTDOWN_GRACE = 5.0  # seconds for a task to end by itself, and again to obey its cancellation
-MAX_LOST_WORKERS = 20  # a task that lost so many workers fails: it may be what kills them
+POLL_INTERVAL = 0.1  # seconds between two polls of the queue
 
 TaskFunction = Callable[[Any], Coroutine[Any, Any, Any]]
 
@@ -54,20 +39,14 @@ class Worker:
         self.display_name = f"{socket.gethostname()}:{os.getpid()}"
         self.pool = pool
         self.queries = queries
-        self.concurrency = concurrency
+        self.slots = Slots(concurrency)
         self._functions: dict[str, TaskFunction] = {}
-        self._running: dict[asyncio.Task[None], Task] = {}
-        self._more_waiting = False  # did the last claim fill every slot it found free?
-        self._wake = asyncio.Event()  # set when there is a reason to poll at once
-        self._stopping = False
-        self._giving_up: asyncio.Future[None]  # done when running tasks must not go on
-        self._registered = asyncio.Event()  # set by the first heartbeat, or to stop
-        self._beats_in_touch = 0  # heartbeats in a row that came in time
 
     def register(self, task_name: str, function: TaskFunction) -> None:
         """Let this function run the tasks called `task_name`; input and output are JSON values.
 
-        Raises TypeError if it is not `async def`, ValueError if the name is taken.
+        Tasks with other names are left alone. Raises TypeError if the function is not `async def`,
+        ValueError if the name is taken.
         """
         if not inspect.iscoroutinefunction(function):
             # A plain function would block the event loop, and with it every other task.
@@ -77,146 +56,67 @@ class Worker:
         self._functions[task_name] = function
 
     async def start(self, queue: str) -> None:
-        """Run the tasks of `queue` until `stop`, SIGINT or SIGTERM.
-
-        Running tasks get SHUTDOWN_GRACE to end, what is left goes back to the queue. Cancelling
-        `start`, which a second signal does too, is the same without the grace.
-        """
-        self._giving_up = asyncio.get_running_loop().create_future()
-        myself = asyncio.current_task()
-        assert myself is not None
-        with stop_signals(self.stop, myself.cancel):
-            try:
-                async with asyncio.TaskGroup() as group:
-                    heartbeat = group.create_task(self._keep_beating())
-                    try:
-                        await self._poll(queue, group)
-                        await self._wait_for_running(SHUTDOWN_GRACE)
-                    finally:
-                        self._giving_up.set_result(None)
-                        await self._wait_for_running(2 * SHUTDOWN_GRACE)
-                        for run in self._running:
-                            run.cancel()  # the database is away, their outcomes cannot be written
-                        # Only now: a worker without heartbeat loses the tasks it still runs.
-                        heartbeat.cancel()
-            finally:
-                await self._leave()
-
-    def stop(self) -> None:
-        """Claim no more tasks; `start` returns when the running ones have ended."""
-        self._stopping = True
-        self._wake.set()
-        self._registered.set()
-
-    async def _wait_for_running(self, seconds: float) -> None:
-        if self._running:
-            await asyncio.wait(self._running, timeout=seconds)
-
-    async def _poll(self, queue: str, group: asyncio.TaskGroup) -> None:
-        """Claim tasks and start them, until told to stop."""
-        clock = asyncio.get_running_loop().time
-        check_at = 0.0
-        await self._registered.wait()
-        while not self._stopping:
-            self._wake.clear()
-            answered = False
-            with surviving_outage(f"worker {self.display_name}: cannot poll"):
-                if clock() >= check_at:
-                    # A claim may have been committed although its answer got lost.
-                    await self._put_back(self._running.values(), "its claim got lost")
-                    check_at = clock() + HEARTBEAT_INTERVAL
+        """Run the tasks of `queue` until cancelled. An error of the database ends it, too."""
+        async with await open_connection(self.pool) as conn, asyncio.TaskGroup() as group:
+            heartbeat = Heartbeat(conn, self.queries, self.id, self.display_name, self._log)
+            await heartbeat.beat()  # before the first claim, or others would take what we claim
+            group.create_task(heartbeat.keep_beating())
+            while True:
                 for task in await self._claim(queue):
-                    run = group.create_task(self._run_task(task))
-                    self._running[run] = task
-                    run.add_done_callback(self._release_slot)
-                answered = True
-            if not answered:
-                check_at = 0.0
-                await self._pause(HEARTBEAT_INTERVAL)
-            elif not (self._more_waiting and self._free_slots()):
-                await self._pause(POLL_INTERVAL)
+                    self.slots.fill(group.create_task(self._run_task(task)), task)
+                await self.slots.wait(POLL_INTERVAL)
 
     async def _claim(self, queue: str) -> list[Task]:
         """Take the most urgent queued tasks, one for each free slot: nobody else will run them."""
-        if not self._free_slots():
-            return []
         async with self.pool.connection() as conn:
             # Counted here, not before: while we waited for a connection more slots came free.
-            limit = self._free_slots()
-            rows = self.queries.poll_tasks(conn, queue=queue, limit=limit, worker_id=self.id)
+            limit = self.slots.free
+            rows = self.queries.poll_tasks(
+                conn,
+                queue=queue,
+                task_names=list(self._functions),
+                limit=limit,
+                worker_id=self.id,
+            )
             tasks = [Task(**row) async for row in rows]
-        self._more_waiting = len(tasks) == limit
+        self.slots.more_waiting = len(tasks) == limit
         return tasks
 
-    def _free_slots(self) -> int:
-        return self.concurrency - len(self._running)
-
-    def _release_slot(self, run: asyncio.Task[None]) -> None:
-        """A task has ended: if others are known to wait, its slot is filled at once."""
-        del self._running[run]
-        if self._more_waiting:
-            self._wake.set()
-
-    async def _pause(self, seconds: float) -> None:
-        """Sleep for that long, or until there is a reason to poll at once."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._wake.wait()
-
     async def _run_task(self, task: Task) -> None:
-        """Run one claimed task and record how it ended.
-
-        The function has an asyncio task of its own, so that one which ignores its cancellation
-        can be left behind.
-        """
+        """Run one claimed task and record how it ended."""
         self._log(task, f"RUNNING {task.task_name}")
-        timeout = None if task.timeout is None else task.timeout.total_seconds()
-        call = asyncio.create_task(self._call(task))
-        ends: list[asyncio.Future[Any]] = [call, self._giving_up]
+        run = asyncio.current_task()
+        assert run is not None
+        deadline = asyncio.timeout(None if task.timeout is None else task.timeout.total_seconds())
         try:
-            await asyncio.wait(ends, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            interrupted = call.cancel()  # False if it has ended
-        if interrupted:
-            timed_out = not self._giving_up.done()
-            await asyncio.wait({call}, timeout=SHUTDOWN_GRACE)
-            if timed_out:
+            async with deadline:
+                output = await self._call(task)
+            await self._complete(task, output)
+        except (Exception, asyncio.CancelledError) as error:
+            if run.cancelling():
+                return  # the whole worker is: the row stays RUNNING until others take it
+            if deadline.expired():
                 await self._fail(task, TimeoutError(f"timed out after {task.timeout}"))
-            # Else the worker shuts down, and puts back all that it still owns at the end.
-        elif call.cancelled():  # it returned while a cancellation of its own was due
-            await self._fail(task, asyncio.CancelledError("the function cancelled itself"))
-        else:
-            output, error = call.result()
-            if error is None:
-                await self._complete(task, output)
-            else:
+            else:  # if it is a TimeoutError, then one of the function's own
                 await self._fail(task, error)
 
-    async def _call(self, task: Task) -> tuple[Any, BaseException | None]:
-        """Call the task's function. Its error is returned: raised, a SystemExit stops the loop."""
-        try:
-            function = self._functions.get(task.task_name)
-            if function is None:
-                raise NonRetryableError(f"no function is registered for task {task.task_name!r}")
-            if isinstance(task.input, UnreadableJson):
-                raise NonRetryableError(f"cannot read the input: {task.input.reason}")
-            return await function(task.input), None
-        except BaseException as error:
-            return None, error
+    async def _call(self, task: Task) -> Any:
+        """Call the task's function with the task's input."""
+        if isinstance(task.input, UnreadableJson):
+            raise NonRetryableError(f"cannot read the input: {task.input.reason}")
+        return await self._functions[task.task_name](task.input)
 
     async def _complete(self, task: Task, output: Any) -> None:
-        try:
-            await self._write(self.queries.complete_task, task, output, "COMPLETED")
-        except Exception as error:  # the output is not JSON, or nothing that jsonb takes
-            await self._fail(task, error)
+        await self._write(self.queries.complete_task, task, output, "COMPLETED")
 
     async def _fail(self, task: Task, error: BaseException) -> None:
         """Record a failure: the task goes back to the queue if it has retries left."""
-        can_retry = is_retryable(error) and task.retry_count < task.max_retries
-        query = self.queries.requeue_failed_task if can_retry else self.queries.fail_task
-        text = error_text(error)
-        what = f"{'QUEUED' if can_retry else 'FAILED'}, {text}"
-        await self._write(query, task, {"error": text}, what)
+        output = {"error": error_text(error)}
+        if is_retryable(error) and task.retry_count < task.max_retries:
+            query, status = self.queries.requeue_failed_task, "QUEUED"
+        else:
+            query, status = self.queries.fail_task, "FAILED"
+        await self._write(query, task, output, f"{status}, {output['error']}")
 
     async def _write(
         self, query: Callable[..., Awaitable[int]], task: Task, output: Any, what: str
@@ -239,66 +139,6 @@ class Worker:
         if not await keep_trying(write):
             what = "is not ours any more, its outcome is dropped"
         self._log(task, what)
-
-    async def _put_back(self, running: Collection[Task], why: str) -> None:
-        """Queue again all tasks that this worker owns, except the running ones."""
-        async with self.pool.connection() as conn:
-            rows = self.queries.requeue_own_tasks(
-                conn,
-                worker_id=self.id,
-                ids=[task.id for task in running],
-                attempts=[task.attempt for task in running],
-            )
-            async for row in rows:
-                self._log(Task(**row), f"QUEUED, {why}")
-
-    async def _keep_beating(self) -> None:
-        """Beat every HEARTBEAT_INTERVAL, on a connection of our own: the pool may be busy."""
-        while True:
-            with surviving_outage(f"worker {self.display_name}: no heartbeat"):
-                async with await open_connection(self.pool) as conn:
-                    while True:
-                        await self._beat(conn)
-                        await asyncio.sleep(HEARTBEAT_INTERVAL)
-            await asyncio.sleep(HEARTBEAT_INTERVAL)
-
-    async def _beat(self, conn: Connection) -> None:
-        """Say that we are alive, then look after those who are not."""
-        beat = await self.queries.heartbeat(
-            conn,
-            id=self.id,
-            display_name=self.display_name,
-            max_silence=INACTIVE_AFTER / 2,
-        )
-        self._registered.set()
-        # After an outage everybody's heartbeat is old: let the others beat before judging them.
-        self._beats_in_touch = 0 if beat["was_out_of_touch"] else self._beats_in_touch + 1
-        if self._beats_in_touch * HEARTBEAT_INTERVAL >= INACTIVE_AFTER:
-            await self._take_from_inactive_workers(conn, beat["last_heartbeat_at"])
-        async for row in self.queries.expire_tasks(conn):
-            self._log(Task(**row), f"FAILED, {row['output']['error']}")
-
-    async def _take_from_inactive_workers(self, conn: Connection, our_beat: datetime) -> None:
-        """Others are judged by our own last heartbeat: if that was held up, so were theirs."""
-        active_since = our_beat - timedelta(seconds=INACTIVE_AFTER)
-        rows = self.queries.requeue_lost_tasks(
-            conn, active_since=active_since, max_lost_workers=MAX_LOST_WORKERS
-        )
-        async for row in rows:
-            self._log(Task(**row), f"{row['status']}, its worker is inactive")
-        await self.queries.delete_inactive_workers(conn, active_since=active_since)
-
-    async def _leave(self) -> None:
-        """Put back what is left and say goodbye: nobody must wait for our heartbeat to grow old."""
-
-        async def leave() -> None:
-            await self._put_back([], "its worker shuts down")
-            async with self.pool.connection() as conn:
-                await self.queries.delete_worker(conn, id=self.id)
-
-        with suppress(TimeoutError):
-            async with asyncio.timeout(SHUTDOWN_GRACE):
-                await keep_trying(leave)
 
     def _log(self, task: Task, what: str) -> None:
         log.info(

@@ -1,6 +1,6 @@
 """The exceptions of the engine."""
 
-from collections.abc import Iterator
+from shared import error_parts
 
 
 class NonRetryableError(Exception):
@@ -12,7 +12,7 @@ class TaskNotOwnedError(Exception):
 
 
 class NonDeterminismError(NonRetryableError):
-    """A durable task did not do what its event log says it did in an earlier attempt."""
+    """A task did not do what its event log says it did in an earlier attempt."""
 
 
 class ChildTaskError(NonRetryableError):
@@ -25,18 +25,12 @@ class ChildTaskError(NonRetryableError):
         self.error = error
 
 
-def leaves(error: BaseException) -> Iterator[BaseException]:
-    """The error itself or, for an exception group, its members in order, however deep."""
-    pending = [error]
-    while pending:
-        error = pending.pop()
-        # Asked for behind the error's back, whose class may have any `__class__` and `exceptions`.
-        if issubclass(type(error), BaseExceptionGroup):
-            pending.extend(reversed(BaseExceptionGroup.exceptions.__get__(error)))
-        else:
-            yield error
-
-
 def is_retryable(error: BaseException) -> bool:
     """Whether running the task again may help: no part of the failure is a NonRetryableError."""
-    return not any(issubclass(type(leaf), NonRetryableError) for leaf in leaves(error))
+    return not any(issubclass(type(part), NonRetryableError) for part in error_parts(error))
+
+
+def child_error(error: BaseException) -> ChildTaskError | None:
+    """The first ChildTaskError that is part of a failure."""
+    # Of that very class: a subclass of the user's may lack the id.
+    return next((part for part in error_parts(error) if type(part) is ChildTaskError), None)

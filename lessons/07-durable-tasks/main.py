@@ -17,8 +17,9 @@ from uuid import uuid4
 
 from psycopg.types.json import Jsonb
 
-from durable_context import DurableContext, replay_task, retry_task
+from durable_context import DurableContext
 from models import DurableEvent, Task
+from rerun import replay_task, retry_task
 from shared import Pool, Queries, database_url, load_queries, open_pool, run
 from shared.demo import show, wait_until
 from worker import Worker, current_task
@@ -114,7 +115,7 @@ class Demo:
             events = [DurableEvent(**row) async for row in rows]
             ids = [self.order.id, *(event.child_task_id for event in events)]
             tasks = [Task(**await self.queries.get_task(conn, id=id)) for id in ids]
-        show("the order and its child tasks:", tasks, "id task_name status attempt lost_count")
+        show("the order and its child tasks:", tasks, "id task_name status attempt retry_count")
         show("the event log of the order:", events, "task_id event_id kind child_task_id")
         show("the charges made:", await self.payments(), "idempotency_key order_id amount")
 

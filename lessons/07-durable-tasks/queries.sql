@@ -20,20 +20,22 @@ FROM tasks
 WHERE queue = :queue
 ORDER BY id;
 
--- name: poll_tasks(queue, is_durable, limit, worker_id)
--- Claim the most urgent queued tasks, oldest first. SKIP LOCKED passes over rows that another
--- worker is claiming at this moment, so two workers never wait for each other and never get the
--- same task. RETURNING promises no order, hence the last SELECT.
+-- name: poll_tasks(queue, is_durable, task_names, limit, worker_id)
+-- Claim the most urgent queued tasks that have one of these names, oldest first. SKIP LOCKED passes
+-- over rows that another worker is claiming at this moment: two workers never wait for each other,
+-- and never get the same task. NO KEY is the lock that an UPDATE takes, and keeps no one from
+-- referring to the row. RETURNING promises no order, hence the last SELECT.
 WITH picked AS (
     SELECT id
     FROM tasks
     WHERE queue = :queue
       AND is_durable = :is_durable
+      AND task_name = ANY (:task_names)
       AND status = 'QUEUED'
       AND (attempt > 0 OR schedule_timeout_at IS NULL OR schedule_timeout_at > now())
     ORDER BY priority DESC, id
     LIMIT :limit
-    FOR UPDATE SKIP LOCKED
+    FOR NO KEY UPDATE SKIP LOCKED
 ), claimed AS (
     UPDATE tasks
     SET status = 'RUNNING',
@@ -79,86 +81,45 @@ WHERE id = :id
   AND attempt = :attempt
   AND status = 'RUNNING';
 
--- name: requeue_own_tasks(worker_id, ids, attempts)
--- Put back what this worker owns and does not run: all but the (id, attempt) given.
-WITH unknown AS (
-    SELECT id
-    FROM tasks
-    WHERE worker_id = :worker_id
-      AND status = 'RUNNING'
-      AND (id, attempt) NOT IN (
-          SELECT *
-          FROM unnest(CAST(:ids AS BIGINT[]), CAST(:attempts AS INT[]))
-      )
-    ORDER BY id
-    FOR UPDATE SKIP LOCKED
-)
-UPDATE tasks
-SET status = 'QUEUED',
-    worker_id = NULL
-FROM unknown
-WHERE tasks.id = unknown.id
-RETURNING tasks.*;
-
--- name: heartbeat(id, display_name, max_silence)^
--- Say that this worker is alive. Tells whether it had been out of touch: silent for longer than
--- max_silence, or new, or taken for inactive by the others, who delete its row.
-WITH previous AS (
-    SELECT last_heartbeat_at
-    FROM workers
-    WHERE id = :id
-)
+-- name: heartbeat(id, display_name)!
+-- Say that this worker is alive. If the others took it for dead and deleted its row, it is back.
 INSERT INTO workers (id, display_name)
 VALUES (:id, :display_name)
 ON CONFLICT (id) DO UPDATE
-SET last_heartbeat_at = now()
-RETURNING NOT EXISTS (
-    SELECT
-    FROM previous
-    WHERE last_heartbeat_at > now() - make_interval(secs => :max_silence)
-) AS was_out_of_touch, last_heartbeat_at;
+SET last_heartbeat_at = now();
 
--- name: requeue_lost_tasks(active_since, max_lost_workers)
--- Take the running tasks of inactive workers away from them. The active workers are listed once:
--- a row that one of them claims before we lock it is checked against that list again.
+-- name: requeue_lost_tasks(inactive_after)
+-- Take the running tasks of inactive workers away from them: `attempt` refuses what they still
+-- write. Rows that somebody else is writing at this moment are left for the next time.
 WITH lost AS (
-    SELECT id, lost_count + 1 >= :max_lost_workers AS is_given_up
+    SELECT id
     FROM tasks
     WHERE status = 'RUNNING'
       AND (worker_id = ANY (ARRAY(
           SELECT id
           FROM workers
-          WHERE last_heartbeat_at > :active_since
+          WHERE last_heartbeat_at > now() - make_interval(secs => :inactive_after)
       ))) IS NOT TRUE
     ORDER BY id
-    FOR UPDATE SKIP LOCKED
+    FOR NO KEY UPDATE SKIP LOCKED
 )
 UPDATE tasks
-SET status = CASE WHEN is_given_up THEN 'FAILED' ELSE 'QUEUED' END::task_status,
-    output = CASE WHEN is_given_up THEN jsonb_build_object(
-        'error', 'its worker became inactive ' || lost_count + 1 || ' times'
-    ) ELSE output END,
-    finished_at = CASE WHEN is_given_up THEN now() END,
-    worker_id = NULL,
-    lost_count = lost_count + 1
+SET status = 'QUEUED',
+    worker_id = NULL
 FROM lost
 WHERE tasks.id = lost.id
 RETURNING tasks.*;
 
--- name: delete_inactive_workers(active_since)!
+-- name: delete_inactive_workers(inactive_after)!
 WITH inactive AS (
     SELECT id
     FROM workers
-    WHERE last_heartbeat_at <= :active_since
+    WHERE last_heartbeat_at <= now() - make_interval(secs => :inactive_after)
     FOR UPDATE SKIP LOCKED
 )
 DELETE FROM workers
 USING inactive
 WHERE workers.id = inactive.id;
-
--- name: delete_worker(id)!
-DELETE FROM workers
-WHERE id = :id;
 
 -- name: expire_tasks()
 -- Fail the tasks that nobody claimed in time.
@@ -169,7 +130,7 @@ WITH expired AS (
       AND attempt = 0
       AND schedule_timeout_at <= now()
     ORDER BY id
-    FOR UPDATE SKIP LOCKED
+    FOR NO KEY UPDATE SKIP LOCKED
 )
 UPDATE tasks
 SET status = 'FAILED',
@@ -189,7 +150,7 @@ WHERE id = :id
   AND worker_id = :worker_id
   AND attempt = :attempt
   AND status = 'RUNNING'
-FOR UPDATE;
+FOR NO KEY UPDATE;
 
 -- name: get_event(task_id, event_id)^
 SELECT *
@@ -208,67 +169,73 @@ INSERT INTO durable_events (task_id, event_id, kind, key, child_task_id)
 VALUES (:task_id, :event_id, :kind, :key, :child_task_id)
 RETURNING *;
 
--- name: start_child(task_id, worker_id, attempt, event_id, kind, key, task_name, input, max_retries, timeout, is_durable)^
--- lock_task, create_task and append_event in one statement, which is a transaction of its own.
-WITH parent AS (
-    SELECT id, queue, priority
-    FROM tasks
-    WHERE id = :task_id
-      AND worker_id = :worker_id
-      AND attempt = :attempt
-      AND status = 'RUNNING'
-    FOR UPDATE
-), child AS (
-    INSERT INTO tasks (queue, task_name, input, max_retries, timeout, priority, is_durable)
-    SELECT queue, :task_name, :input, :max_retries, :timeout, priority, :is_durable
-    FROM parent
-    RETURNING *
-), event AS (
-    INSERT INTO durable_events (task_id, event_id, kind, key, child_task_id)
-    SELECT :task_id, :event_id, :kind, :key, id
-    FROM child
-)
-SELECT *
-FROM child;
-
--- name: delete_events(task_id)!
-DELETE FROM durable_events
-WHERE task_id = :task_id;
-
 -- name: get_finished_tasks(ids)
-SELECT id, attempt, status, output
+SELECT *
 FROM tasks
 WHERE id = ANY (:ids)
   AND status IN ('COMPLETED', 'FAILED');
 
--- name: lock_task_for_reset(id)^
+-- name: lock_parent(id)^
+-- The task whose log has this one as a child, if there is one.
+SELECT parent.id, parent.status
+FROM durable_events AS event
+JOIN tasks AS parent ON parent.id = event.task_id
+WHERE event.child_task_id = :id
+FOR NO KEY UPDATE OF parent;
+
+-- name: lock_finished_task(id)^
 SELECT *
 FROM tasks
 WHERE id = :id
-FOR UPDATE;
+FOR NO KEY UPDATE;
 
 -- name: lock_failed_child(id)^
--- The child whose failure ended the task: the one that its output names.
-SELECT child.*
+-- The child whose failure ended this task: the one that its output names. It was handled if the log
+-- has events that are younger than that failure.
+SELECT child.id, child.task_name, EXISTS (
+    SELECT
+    FROM durable_events AS later
+    WHERE later.task_id = parent.id
+      AND later.inserted_at > child.finished_at
+) AS was_handled
 FROM tasks AS parent
 JOIN durable_events AS event ON event.task_id = parent.id
 JOIN tasks AS child ON child.id = event.child_task_id
 WHERE parent.id = :id
   AND parent.output ->> 'child_task_id' = CAST(child.id AS TEXT)
   AND child.status = 'FAILED'
-FOR UPDATE OF child;
+FOR NO KEY UPDATE OF child;
 
--- name: reset_task(id)!
--- Queue a finished task again, with all its retries. `attempt` goes on: it is the fencing token.
+-- name: reset_tasks(ids)!
+-- Queue finished tasks again, with all their retries. `attempt` goes on: it is the fencing token.
 UPDATE tasks
 SET status = 'QUEUED',
     output = NULL,
     finished_at = NULL,
     schedule_timeout_at = NULL,
     worker_id = NULL,
-    retry_count = 0,
-    lost_count = 0
-WHERE id = :id;
+    retry_count = 0
+WHERE id = ANY (:ids);
+
+-- name: lock_children(ids)
+SELECT child.id, child.task_name, child.status
+FROM durable_events AS event
+JOIN tasks AS child ON child.id = event.child_task_id
+WHERE event.task_id = ANY (:ids)
+ORDER BY child.id
+FOR NO KEY UPDATE OF child;
+
+-- name: abandon_tasks(ids)!
+UPDATE tasks
+SET status = 'FAILED',
+    output = jsonb_build_object('error', 'abandoned: its parent does not ask for it any more'),
+    finished_at = now()
+WHERE id = ANY (:ids)
+  AND status = 'QUEUED';
+
+-- name: delete_events(task_id)!
+DELETE FROM durable_events
+WHERE task_id = :task_id;
 
 -- name: get_open_order(queue)^
 -- The demo: an order that an earlier run has left unfinished.
