@@ -3,20 +3,16 @@
 from collections import Counter
 from typing import Any
 
-import pytest
-
-from helpers import QUICK, enqueue, execute, finished, working
+from helpers import QUICK, enqueue, execute, finished, set_globals, working
 from shared import Pool
 
 
 class Lab:
     """A lesson, its database, and how often each task function has been called there."""
 
-    def __init__(
-        self, lesson: Any, pool: Pool, queries: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        for name, value in QUICK.items():
-            monkeypatch.setattr(lesson.worker, name, value)
+    def __init__(self, lesson: Any, pool: Pool, queries: Any) -> None:
+        # Each test has modules of its own: nothing has to be put back.
+        set_globals(lesson, QUICK)
         self.lesson = lesson
         self.pool = pool
         self.queries = queries

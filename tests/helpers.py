@@ -10,13 +10,12 @@ from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
-from shared import Connection, Pool
+from shared import Pool
 
 QUEUE = "q"
 DEADLINE = 20.0  # seconds; generous, since it is only ever reached by a test that fails
@@ -92,41 +91,28 @@ async def finished(pool: Pool, id: int) -> dict[str, Any]:
     return await wait_for_status(pool, id, "COMPLETED", "FAILED")
 
 
+def set_globals(lesson: Any, settings: dict[str, Any]) -> None:
+    """Set constants in whichever of the lesson's modules has them: worker, heartbeat, ...
+
+    Those that a lesson does not have yet are left out.
+    """
+    for module in lesson.modules.values():
+        for name, value in settings.items():
+            if hasattr(module, name):
+                setattr(module, name, value)
+
+
 def make_worker(lesson: Any, pool: Pool, queries: Any, *functions: Any, **settings: Any) -> Any:
     """A worker with these functions registered under their own names.
 
-    Settings in upper case are globals of the lesson's worker.py, others are arguments of Worker.
+    Settings in upper case are globals of the lesson's modules, others are arguments of Worker.
     """
-    for name, value in settings.items():
-        if name.isupper():
-            setattr(lesson.worker, name, value)
+    set_globals(lesson, {name: value for name, value in settings.items() if name.isupper()})
     arguments = {name: value for name, value in settings.items() if not name.isupper()}
     worker = lesson.worker.Worker(pool, queries, **arguments)
     for function in functions:
         worker.register(function.__name__, function)
     return worker
-
-
-async def start_new_child(
-    lesson: Any,
-    queries: Any,
-    conn: Connection,
-    task: Any,
-    event_id: int,
-    task_name: str,
-    input: Any,
-    **options: Any,
-) -> Any:
-    """Start a child as the context of a first attempt does; return it."""
-    context = lesson.durable_context.DurableContext(SimpleNamespace(queries=queries), task)
-    options = {
-        "task_name": task_name,
-        "max_retries": 0,
-        "timeout": None,
-        "is_durable": False,
-        **options,
-    }
-    return await context._start_new_child(conn, event_id, input, options)
 
 
 @asynccontextmanager
@@ -160,7 +146,7 @@ async def worker_process(
 ) -> AsyncIterator[Process]:
     """A worker in a process of its own within this block; see worker_process.py.
 
-    Settings are QUICK, `concurrency`, and globals of the lesson's worker.py by their names. What it
+    Settings are QUICK, `concurrency`, and globals of the lesson's modules by their names. What it
     writes to stderr ends up in that of the test. Is it still alive at the end, it is killed.
     """
     arguments = [str(lesson.path), queue, json.dumps(QUICK | settings)]

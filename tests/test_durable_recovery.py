@@ -40,7 +40,7 @@ posix_only = pytest.mark.skipif(sys.platform == "win32", reason="there is no suc
 
 @pytest.fixture
 def lab(lesson: Any, pool: Pool, queries: Any, monkeypatch: pytest.MonkeyPatch) -> Lab:
-    return Lab(lesson, pool, queries, monkeypatch)
+    return Lab(lesson, pool, queries)
 
 
 class Order:

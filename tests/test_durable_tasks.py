@@ -18,7 +18,7 @@ pytestmark = pytest.mark.since(7)
 
 @pytest.fixture
 def lab(lesson: Any, pool: Pool, queries: Any, monkeypatch: pytest.MonkeyPatch) -> Lab:
-    return Lab(lesson, pool, queries, monkeypatch)
+    return Lab(lesson, pool, queries)
 
 
 # Results and replay

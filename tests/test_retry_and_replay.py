@@ -27,7 +27,7 @@ class ResetLab(Lab):
 
 @pytest.fixture
 def lab(lesson: Any, pool: Pool, queries: Any, monkeypatch: pytest.MonkeyPatch) -> ResetLab:
-    return ResetLab(lesson, pool, queries, monkeypatch)
+    return ResetLab(lesson, pool, queries)
 
 
 async def order(context: Any, input: Any) -> Any:

@@ -1,7 +1,7 @@
 """A worker in a process of its own: python worker_process.py LESSON_DIRECTORY QUEUE SETTINGS
 
 SETTINGS is a JSON object: `concurrency` and other arguments of Worker in lower case, globals of the
-lesson's worker.py in upper case.
+lesson's modules in upper case.
 """
 
 import asyncio
@@ -45,14 +45,21 @@ async def stubborn(input: Any) -> Any:
 FUNCTIONS = [sleep, stubborn]
 
 
+def set_globals(lesson: Path, settings: dict[str, Any]) -> None:
+    """Set constants in whichever of the lesson's modules, all of them loaded, has them."""
+    for module in list(sys.modules.values()):
+        if Path(getattr(module, "__file__", None) or "").parent == lesson:
+            for name, value in settings.items():
+                if name.isupper() and hasattr(module, name):
+                    setattr(module, name, value)
+
+
 async def main() -> None:
     path, queue, settings = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     sys.path.insert(0, str(path))
     import worker as lesson_worker  # type: ignore[import-not-found, unused-ignore]
 
-    for name, value in settings.items():
-        if name.isupper():
-            setattr(lesson_worker, name, value)
+    set_globals(path, settings)
     arguments = {name: value for name, value in settings.items() if not name.isupper()}
     async with open_pool(path) as pool:
         worker = lesson_worker.Worker(pool, load_queries(path), **arguments)

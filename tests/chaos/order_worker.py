@@ -1,6 +1,6 @@
 """A worker that processes orders: python order_worker.py LESSON_DIRECTORY QUEUE SETTINGS
 
-SETTINGS is a JSON object: arguments of Worker in lower case, globals of the lesson's worker.py in
+SETTINGS is a JSON object: arguments of Worker in lower case, globals of the lesson's modules in
 upper case.
 """
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared import keep_trying, load_queries, open_pool, run
+from worker_process import set_globals
 
 SLOWEST_STEP = 0.3  # seconds; time for a fault to come between an effect and its record
 
@@ -63,9 +64,7 @@ async def main() -> None:
     sys.path.insert(0, str(path))
     import worker as lesson_worker  # type: ignore[import-not-found, unused-ignore]
 
-    for name, value in settings.items():
-        if name.isupper():
-            setattr(lesson_worker, name, value)
+    set_globals(path, settings)
     arguments = {name: value for name, value in settings.items() if not name.isupper()}
     queries = load_queries(path)
     async with open_pool(path) as pool:
