@@ -21,6 +21,7 @@ from readme_checks.diagrams import diagram_problems, mermaid_is_missing
 from readme_checks.parsing import Problem, Readme, read_readme, readme_names
 from readme_checks.snippets import ledger_problems, snippet_problems
 from readme_checks.structure import link_problems, structure_problems
+from readme_checks.whole import whole_problems
 from server import choose_server, docker_answers, running_server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +35,7 @@ def static_problems(readme: Readme) -> Iterator[Problem]:
     yield from ledger_problems(readme)
     yield from link_problems(readme)
     yield from structure_problems(readme)
+    yield from whole_problems(readme)
     if not mermaid_is_missing():
         yield from diagram_problems(readme)
 

@@ -16,6 +16,7 @@ from readme_checks.masking import compare
 from readme_checks.parsing import Readme, read_readme, slugs
 from readme_checks.snippets import ledger_problems, snippet_problems
 from readme_checks.structure import HEADINGS, link_problems, structure_problems
+from readme_checks.whole import whole_problems
 from readmes import refresh, script_problems
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git tells which files there are")
@@ -332,19 +333,37 @@ def test_form(root: Path) -> None:
     exercise = ["### One", "", answer()]
     sections = [f"## {heading}\n" for heading in HEADINGS]
     sections[7:8] = ["## Exercises\n", *exercise * 3]
-    right = "\n".join(["# Title", "", *sections, *["filler"] * 90])
+    right = "\n".join(["# Title", "", *sections, *["filler"] * 120])
     assert not list(structure_problems(write(root, right)))
+    folded = right.replace("## Building it\n", f"## Building it\n\n### More\n\n{answer()}")
+    assert not list(structure_problems(write(root, folded)))
     for wrong, message in [
         (right.replace("## The idea", "## Idea"), "the headings"),
         (right.replace("## Run it\n\n## Diff it", "## Diff it\n\n## Run it"), "the headings"),
         (right.replace("# Title", "Title"), "a title"),
-        (right.replace("filler\n", ""), "lines, not 120"),
-        (right + "\nfiller" * 300, "lines, not 120"),
-        (right.replace("### One\n", "", 1), "<details> is for answers"),
+        (right.replace("filler\n", ""), "lines, not 150"),
+        (right + "\nfiller" * 600, "lines, not 150"),
+        (right.replace("### One\n", "", 1), "<details> is for the answer"),
+        (right.replace("## Run it\n", f"## Run it\n\n{answer()}"), "<details> is for the answer"),
         (right.replace("<details>", "").replace("</details>", ""), "0 <details>"),
         (right.replace("\n".join(exercise), "", 1), "2 exercises"),
     ]:
         assert message in "\n".join(map(str, structure_problems(write(root, wrong)))), wrong[:99]
+
+
+def test_what_is_new_stands_whole(root: Path) -> None:
+    worker = root / "lessons/02-b/worker.py"
+    worker.write_text(NEW + "\n    def stop(self):\n        wake()\n")
+    function = ["def stop(self):", "    wake()"]
+    statement = ["-- name: get_it", "SELECT 1;"]
+    whole = block("python", *function) + block("sql", *statement)
+    assert not list(whole_problems(write(root, whole)))
+    for wrong, name in [
+        (block("sql", *statement) + block("python", "def stop(self):", "    ..."), "stop"),
+        (block("python", *function) + block("sql", "-- name: get_it"), "get_it"),
+    ]:
+        (problem,) = whole_problems(write(root, wrong))
+        assert name in problem.text
 
 
 def test_links(root: Path) -> None:

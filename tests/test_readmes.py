@@ -14,6 +14,7 @@ from readme_checks.diagrams import diagram_problems, mermaid_is_missing
 from readme_checks.parsing import Problem, Readme, read_readme, readme_names
 from readme_checks.snippets import LEDGER, ledger_problems, snippet_problems
 from readme_checks.structure import link_problems, structure_problems
+from readme_checks.whole import whole_problems
 from readmes import ROOT, script_problems
 
 pytestmark = pytest.mark.skipif(
@@ -66,6 +67,11 @@ def test_the_tests_that_it_names_are_there(readme: Readme) -> None:
 @each_readme
 def test_form(readme: Readme) -> None:
     assert_none(structure_problems(readme))
+
+
+@each_readme
+def test_what_is_new_stands_whole(readme: Readme) -> None:
+    assert_none(whole_problems(readme))
 
 
 @each_readme

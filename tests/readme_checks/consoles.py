@@ -54,7 +54,8 @@ class Script:
 
     @property
     def name(self) -> str:
-        place = self.readme.lesson.name if self.readme.lesson else "README"
+        lesson = self.readme.lesson
+        place = lesson.name if lesson else self.readme.name.removesuffix(".md").replace("/", "-")
         return f"{place}-answer-{self.answer}" if self.answer else place
 
 

@@ -14,6 +14,15 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 OMISSION = "..."
+LESSON_README = re.compile(r"lessons/[0-9][0-9]-[^/]+/README\.md")
+OTHERS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "lessons/README.md",
+    "shared/README.md",
+    "tests/README.md",
+    "tests/benchmarks/README.md",
+]
 
 
 class Problem(NamedTuple):
@@ -76,9 +85,8 @@ class Readme:
 
     @property
     def lesson(self) -> Path | None:
-        """The lesson's directory, from the root of the repository; None for the root's README."""
-        directory = Path(self.name).parent
-        return directory if directory.parts else None
+        """The lesson's directory, from the root of the repository; None if it is of no lesson."""
+        return Path(self.name).parent if LESSON_README.fullmatch(self.name) else None
 
     def problem(self, line: int, text: str) -> Problem:
         return Problem(self.name, line, text)
@@ -194,9 +202,14 @@ def repository_files(root: Path) -> list[str]:
 
 
 def readme_names(root: Path) -> list[str]:
-    """The root's README and those of the lessons."""
+    """What there is to read: the front door, and the READMEs of the lessons."""
+    return [name for name in OTHERS if (root / name).is_file()] + lesson_readme_names(root)
+
+
+def lesson_readme_names(root: Path) -> list[str]:
+    """The READMEs of the lessons, in their order."""
     lessons = sorted(root.glob("lessons/[0-9][0-9]-*/README.md"))
-    return ["README.md", *(path.relative_to(root).as_posix() for path in lessons)]
+    return [path.relative_to(root).as_posix() for path in lessons]
 
 
 def without_blank_ends(lines: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from readme_checks.parsing import (
     Block,
     Problem,
     Readme,
-    readme_names,
+    lesson_readme_names,
     repository_files,
     without_blank_ends,
 )
@@ -175,7 +175,7 @@ def diff_problem(readme: Readme, block: Block) -> str | None:
 
 def candidate_pairs(readme: Readme, file: FileDiff) -> Iterator[tuple[str, str]]:
     """Which files, of a lesson and of the one before it, a diff may be about."""
-    directories = [Path(name).parent.as_posix() for name in readme_names(readme.root)[1:]]
+    directories = [Path(name).parent.as_posix() for name in lesson_readme_names(readme.root)]
     for before, after in pairwise(directories):
         if readme.lesson and readme.lesson.as_posix() != after:
             continue

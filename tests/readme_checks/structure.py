@@ -11,15 +11,18 @@ from readme_checks.parsing import Problem, Readme, read_readme, repository_files
 HEADINGS = [
     "What breaks",
     "The idea",
-    "The SQL",
-    "The Python",
+    "Using it",
+    "Building it",
     "Run it",
     "Diff it",
     "What is still wrong",
     "Exercises",
+    "Elsewhere",
     "Further reading",
 ]
-LINES = range(120, 351)
+# Sections in which <details> folds something other than an answer.
+FOLDED = {"Building it", "Elsewhere"}
+LINES = range(150, 601)
 EXERCISES = range(3, 6)
 
 
@@ -48,8 +51,10 @@ def exercise_problems(readme: Readme) -> Iterator[Problem]:
             exercises.append(heading)
             if len(heading.answers) != 1:
                 yield readme.problem(heading.line, f"{len(heading.answers)} <details>, not one")
-        elif heading.answers:
-            yield readme.problem(heading.line, "<details> is for answers, below the ### of one")
+        elif heading.answers and section not in FOLDED:
+            where = " or ".join(sorted(FOLDED))
+            text = f"<details> is for the answer of an exercise, or for more to read in {where}"
+            yield readme.problem(heading.line, text)
     if len(exercises) not in EXERCISES:
         text = f"{len(exercises)} exercises, not {EXERCISES[0]} to {EXERCISES[-1]}"
         yield readme.problem(len(readme.lines), text)
