@@ -7,13 +7,13 @@ from decimal import Decimal
 from typing import Any
 from uuid import uuid4
 
-import psycopg
 import pytest
 
-from helpers import enqueue, execute, start_new_child, wait_for
+from helpers import enqueue, execute, wait_for
 from shared import Connection, Pool
 
-pytestmark = pytest.mark.since(5)
+# From 07 on event_log.py is the same file.
+pytestmark = [pytest.mark.since(5), pytest.mark.only(5, 6, 7, 10)]
 
 CIRCULAR: list[Any] = []
 CIRCULAR.append(CIRCULAR)
@@ -45,7 +45,7 @@ class Log:
         return self.lesson.models.Task(**rows[0])
 
     async def new_task(self) -> Any:
-        return await self.claim(await enqueue(self.pool, "process_order", is_durable=True))
+        return await self.claim(await enqueue(self.pool, "process_order"))
 
     async def append_on(
         self,
@@ -109,33 +109,6 @@ async def test_the_next_attempt_finds_what_the_one_before_recorded(log: Log) -> 
 async def test_two_tasks_do_not_share_a_log(log: Log) -> None:
     assert (await log.append(await log.new_task()))[1] is False
     assert (await log.append(await log.new_task()))[1] is False
-
-
-@pytest.mark.since(7)
-async def test_event_and_child_are_one_statement_for_the_owner_of_a_first_attempt(log: Log) -> None:
-    task = await log.new_task()
-
-    async def start(event_id: int) -> Any:
-        async with log.pool.connection() as conn:
-            return await start_new_child(
-                log.lesson, log.queries, conn, task, event_id, "charge", None, max_retries=2
-            )
-
-    child = await start(1)
-    found, was_recorded = await log.append(task)
-    assert (found.child_task_id, was_recorded) == (child.id, True)
-    (row,) = await execute(log.pool, "SELECT * FROM tasks WHERE id = %s", child.id)
-    assert log.lesson.models.Task(**row) == child
-    assert (child.queue, child.priority, child.max_retries) == (task.queue, task.priority, 2)
-
-    tasks = await execute(log.pool, "SELECT * FROM tasks")
-    with pytest.raises(psycopg.errors.UniqueViolation):
-        await start(1)
-    await log.claim(task.id)
-    with pytest.raises(log.lesson.errors.TaskNotOwnedError, match=f"task {task.id} "):
-        await start(2)
-    assert len(await log.rows()) == 1
-    assert len(await execute(log.pool, "SELECT * FROM tasks")) == len(tasks)
 
 
 @pytest.mark.since(7)
