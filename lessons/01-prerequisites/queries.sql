@@ -10,3 +10,9 @@ RETURNING *;
 SELECT *
 FROM greetings
 WHERE id = :id;
+
+-- name: get_greetings(sender)
+SELECT *
+FROM greetings
+WHERE message ->> 'from' = :sender
+ORDER BY id;
