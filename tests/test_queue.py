@@ -12,6 +12,7 @@ from uuid import uuid4
 import pytest
 
 from helpers import (
+    DEADLINE,
     QUEUE,
     QUICK,
     enqueue,
@@ -19,14 +20,16 @@ from helpers import (
     finished,
     get_task,
     make_worker,
+    set_globals,
     statuses,
     wait_for,
     working,
 )
 from shared import Pool
 
-# The worker of lessons 05 and 06 is that of 04; see test_tables.py.
-pytestmark = pytest.mark.only(2, 3, 4, 7)
+# The worker of lessons 05 and 06 is that of 04; see test_tables.py. Those of 08 and 09 run tasks as
+# that of 07 does, and claim them as that of 10.
+pytestmark = pytest.mark.only(2, 3, 4, 7, 10)
 
 NO_TICK = 3600.0  # seconds, for an interval that must not matter
 
@@ -65,7 +68,7 @@ async def fail(input: Any) -> Any:
 
 
 @pytest.mark.since(2)
-@pytest.mark.only(2, 3, 4, 5, 6, 7)
+@pytest.mark.only(*range(2, 11))
 async def test_a_task_is_run_with_its_input_and_keeps_its_output(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:
@@ -161,8 +164,6 @@ async def test_no_more_tasks_are_claimed_than_there_are_free_slots(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:
     """Seen from the database: a claimed task that waits in the worker would be RUNNING too."""
-    gate = Gate()
-    gate.open.set()
     most_running = 0
 
     async def watching(input: Any) -> Any:
@@ -176,36 +177,38 @@ async def test_no_more_tasks_are_claimed_than_there_are_free_slots(
     assert 1 <= most_running <= 3
 
 
-@pytest.mark.since(2)
-async def test_full_batches_are_claimed_without_a_pause(
-    lesson: Any, pool: Pool, queries: Any
+@pytest.mark.since(3)
+@pytest.mark.parametrize("pause", [0, 0.0002])
+async def test_slots_that_come_free_are_filled_at_once_while_work_waits(
+    lesson: Any, pool: Pool, queries: Any, pause: float
 ) -> None:
+    """One after the other, or many at once: the worker does not wait for its next poll."""
+    gate = Gate()
+    tasks = 100
+
+    async def pausing(input: Any) -> Any:
+        gate.started.append(input)
+        await gate.open.wait()
+        await asyncio.sleep(input * pause)
+
     await execute(
         pool,
         """
         INSERT INTO tasks (queue, task_name, input)
-        SELECT %s, 'echo', '{}'
-        FROM generate_series(1, 250)
+        SELECT %s, 'pausing', to_jsonb(n)
+        FROM generate_series(1, %s) AS n
         """,
         QUEUE,
+        tasks,
     )
-    async with working(make_worker(lesson, pool, queries, echo, POLL_INTERVAL=NO_TICK)):
-        await all_completed(pool, 250)
-
-
-@pytest.mark.since(3)
-async def test_a_slot_that_frees_up_is_filled_at_once_while_work_waits(
-    lesson: Any, pool: Pool, queries: Any
-) -> None:
-    for _ in range(20):
-        await enqueue(pool, "pausing")
-
-    async def pausing(input: Any) -> Any:
-        await asyncio.sleep(0.01)
-
-    settings = {"concurrency": 2, "POLL_INTERVAL": NO_TICK}
-    async with working(make_worker(lesson, pool, queries, pausing, **settings)):
-        await all_completed(pool, 20)
+    worker = make_worker(lesson, pool, queries, pausing, concurrency=10, **QUICK)
+    async with working(worker):
+        await wait_for(lambda: len(gate.started) == 10, "all slots are taken")
+        ticks = {"POLL_INTERVAL": NO_TICK, "HEARTBEAT_INTERVAL": NO_TICK, "INACTIVE_AFTER": NO_TICK}
+        set_globals(lesson, ticks)
+        await asyncio.sleep(3 * QUICK["HEARTBEAT_INTERVAL"])  # the waits that had begun are over
+        gate.open.set()
+        await all_completed(pool, tasks)
 
 
 @pytest.mark.since(2)
@@ -224,19 +227,62 @@ async def test_two_workers_never_run_the_same_task(lesson: Any, pool: Pool, quer
     assert runs == Counter(range(200))
 
 
+@pytest.mark.since(2)
+async def test_tasks_with_names_that_the_worker_does_not_know_are_left_alone(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    """While a release is rolled out, its tasks are not for the workers of the one before."""
+    new = [await enqueue(pool, "of_the_next_release", n) for n in range(5)]
+    before = [await get_task(pool, id) for id in new]
+    slots = {"concurrency": 1} if lesson.number >= 3 else {}  # they do not take up the claim either
+    old_worker = make_worker(lesson, pool, queries, echo, **slots, **QUICK)
+    async with working(old_worker, make_worker(lesson, pool, queries, **QUICK)):
+        for n in range(3):
+            row = await finished(pool, await enqueue(pool, "echo", n))
+            assert (row["status"], row["output"]) == ("COMPLETED", n)
+        assert [await get_task(pool, id) for id in new] == before
+
+        async def of_the_next_release(input: Any) -> Any:
+            return input
+
+        async with working(make_worker(lesson, pool, queries, of_the_next_release)):
+            assert [(await finished(pool, id))["output"] for id in new] == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.since(4)
 async def test_each_claim_adds_one_to_attempt_and_names_the_worker(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:
+    id = await enqueue(pool, "failing", max_retries=2)
+    seen: list[tuple[int, Any]] = []
+
+    async def failing(input: Any) -> Any:
+        row = await get_task(pool, id)
+        seen.append((row["attempt"], row["worker_id"]))
+        raise ConnectionError("the mail server hung up")
+
+    worker = make_worker(lesson, pool, queries, failing)
+    async with working(worker):
+        await finished(pool, id)
+        (row,) = await execute(pool, "SELECT id FROM workers")
+    assert seen == [(attempt, row["id"]) for attempt in (1, 2, 3)]
+
+
+@pytest.mark.since(4)
+@pytest.mark.only(4, 7, 8, 9, 10)
+async def test_a_worker_whose_start_was_cancelled_can_be_started_again(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    """What it has left RUNNING is run again, by whom is all the same."""
     gate = Gate()
+    worker = make_worker(lesson, pool, queries, gate.function(), **QUICK, SHUTDOWN_GRACE=0.1)
     id = await enqueue(pool, "gated")
-    for attempt in (1, 2, 3):
-        gate.started.clear()
-        async with working(make_worker(lesson, pool, queries, gate.function())):
-            await wait_for(lambda: gate.started, "the task has started")
-            row = await get_task(pool, id)
-            (worker,) = await execute(pool, "SELECT id FROM workers")
-            assert (row["attempt"], row["worker_id"]) == (attempt, worker["id"])
+    async with working(worker):
+        await wait_for(lambda: gate.started, "the task has started")
+    gate.open.set()
+    async with working(worker):
+        row = await finished(pool, id)
+    assert (row["status"], row["attempt"], row["retry_count"]) == ("COMPLETED", 2, 0)
 
 
 # Fencing
@@ -257,7 +303,8 @@ async def test_a_zombie_changes_nothing_of_a_task_that_another_worker_has_claime
         return "too late"
 
     id = await enqueue(pool, "zombie", max_retries=5 if "retries left" in outcome else 0)
-    async with working(make_worker(lesson, pool, queries, zombie, echo)):
+    worker = make_worker(lesson, pool, queries, zombie, echo, INACTIVE_AFTER=NO_TICK)
+    async with working(worker):
         await wait_for(lambda: gate.started, "the zombie has started")
         # What another worker does when it claims the task after this one seemed dead.
         await execute(
@@ -275,17 +322,10 @@ async def test_a_zombie_changes_nothing_of_a_task_that_another_worker_has_claime
 
 
 async def another_worker(pool: Pool) -> Any:
-    """A worker that only exists in the table, and is alive for an hour."""
-    (row,) = await execute(
-        pool,
-        """
-        INSERT INTO workers (id, display_name, last_heartbeat_at)
-        VALUES (%s, 'another', now() + INTERVAL '1 hour')
-        RETURNING id
-        """,
-        uuid4(),
-    )
-    return row["id"]
+    """A worker that only exists in the table, with a heartbeat of now; its id."""
+    id = uuid4()
+    await execute(pool, "INSERT INTO workers (id, display_name) VALUES (%s, 'another')", id)
+    return id
 
 
 @pytest.mark.since(4)
@@ -349,7 +389,6 @@ async def test_a_failure_stores_type_and_message(lesson: Any, pool: Pool, querie
 
 @pytest.mark.since(4)
 @pytest.mark.flaw(3, reason="a failure is never retried")
-@pytest.mark.only(4, 5, 6, 7)
 async def test_a_task_that_fails_twice_and_then_succeeds_has_completed(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:
@@ -365,7 +404,7 @@ async def test_a_task_that_fails_twice_and_then_succeeds_has_completed(
     async with working(make_worker(lesson, pool, queries, flaky)):
         row = await finished(pool, id)
     assert (row["status"], row["output"]) == ("COMPLETED", "sent")
-    assert (row["retry_count"], row["attempt"], row["lost_count"]) == (2, 3, 0)
+    assert (row["retry_count"], row["attempt"], row.get("lost_count", 0)) == (2, 3, 0)
 
 
 @pytest.mark.since(4)
@@ -376,7 +415,7 @@ async def test_a_task_fails_for_good_when_its_retries_are_used_up(
     async with working(make_worker(lesson, pool, queries, fail)):
         row = await finished(pool, id)
     assert row["status"] == "FAILED"
-    assert (row["retry_count"], row["attempt"], row["lost_count"]) == (2, 3, 0)
+    assert (row["retry_count"], row["attempt"], row.get("lost_count", 0)) == (2, 3, 0)
 
 
 @pytest.mark.since(4)
@@ -424,7 +463,9 @@ async def wait_for_status_after_failure(pool: Pool, id: int) -> dict[str, Any]:
 
 
 @pytest.mark.since(4)
-@pytest.mark.parametrize("how", ["plain", "in a group", "deep in a group", "beside another"])
+@pytest.mark.parametrize(
+    "how", ["plain", "in a group", "deep in a group", "beside another", "behind"]
+)
 async def test_a_non_retryable_error_fails_at_once(
     lesson: Any, pool: Pool, queries: Any, how: str
 ) -> None:
@@ -436,13 +477,16 @@ async def test_a_non_retryable_error_fails_at_once(
             raise ExceptionGroup("several", [error])
         if how == "beside another":
             raise ExceptionGroup("several", [ValueError("first"), error])
-        raise BaseExceptionGroup("outer", [ExceptionGroup("inner", [error]), SystemExit(1)])
+        if how == "deep in a group":
+            raise ExceptionGroup("outer", [ExceptionGroup("inner", [error]), ValueError("last")])
+        raise ValueError("no such address") from error
 
     id = await enqueue(pool, "malformed", max_retries=5)
     async with working(make_worker(lesson, pool, queries, malformed)):
         row = await finished(pool, id)
     assert (row["status"], row["attempt"], row["retry_count"]) == ("FAILED", 1, 0)
-    assert "nobody is not an address" in row["output"]["error"]
+    message = "no such address" if how == "behind" else "nobody is not an address"
+    assert message in row["output"]["error"]
 
 
 @pytest.mark.since(4)
@@ -456,19 +500,6 @@ async def test_a_group_of_other_errors_is_retried(lesson: Any, pool: Pool, queri
     assert row["retry_count"] == 1
     assert "one" in row["output"]["error"]
     assert "two" in row["output"]["error"]
-
-
-@pytest.mark.since(2)
-async def test_a_task_that_nobody_registered_fails_at_once(
-    lesson: Any, pool: Pool, queries: Any
-) -> None:
-    id = await enqueue(pool, "unheard_of", **({"max_retries": 5} if lesson.number >= 4 else {}))
-    async with working(make_worker(lesson, pool, queries)):
-        row = await finished(pool, id)
-    assert row["status"] == "FAILED"
-    assert "unheard_of" in row["output"]["error"]
-    if lesson.number >= 4:
-        assert (row["attempt"], row["retry_count"]) == (1, 0)
 
 
 # Timeouts
@@ -497,17 +528,32 @@ async def test_a_task_that_outlives_its_timeout_is_cancelled_and_retried(
 
 
 @pytest.mark.since(4)
-@pytest.mark.parametrize("ending", ["returns", "raises"])
+async def test_a_function_that_raises_after_its_timeout_has_timed_out_all_the_same(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    async def complaining(input: Any) -> Any:
+        try:
+            await asyncio.sleep(NO_TICK)
+        finally:
+            raise ValueError("cannot clean up")
+
+    id = await enqueue(pool, "complaining", timeout=timedelta(milliseconds=50))
+    async with working(make_worker(lesson, pool, queries, complaining)):
+        row = await finished(pool, id)
+    assert row["status"] == "FAILED"
+    assert "timed out after" in row["output"]["error"]
+
+
+@pytest.mark.since(10)
+@pytest.mark.flaw(9, reason="a function that swallows its cancellation completes after its timeout")
 async def test_a_function_that_swallows_the_cancellation_has_timed_out_all_the_same(
-    lesson: Any, pool: Pool, queries: Any, ending: str
+    lesson: Any, pool: Pool, queries: Any
 ) -> None:
     async def swallowing(input: Any) -> Any:
         try:
             await asyncio.sleep(NO_TICK)
         except asyncio.CancelledError:
             await asyncio.sleep(0.05)
-        if ending == "raises":
-            raise ValueError("late")
         return "late"
 
     id = await enqueue(pool, "swallowing", timeout=timedelta(milliseconds=50))
@@ -539,7 +585,8 @@ async def test_a_task_that_timed_out_has_cleaned_up_before_its_next_attempt(
     assert events == ["begins", "has cleaned up", "begins"]
 
 
-@pytest.mark.since(4)
+@pytest.mark.since(10)
+@pytest.mark.flaw(9, reason="a function that ignores its cancellation keeps its slot for ever")
 async def test_a_function_that_never_ends_is_abandoned_after_its_timeout(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:
@@ -556,13 +603,17 @@ async def test_a_function_that_never_ends_is_abandoned_after_its_timeout(
     settings = {"concurrency": 1, "SHUTDOWN_GRACE": 0.1}
     async with working(make_worker(lesson, pool, queries, endless, echo, **settings)):
         try:
-            row = await finished(pool, id)
-            next_row = await finished(pool, next_id)
+            seconds = DEADLINE if lesson.number >= 10 else 2
+            await wait_for(lambda: is_completed(pool, next_id), "the slot is free", seconds)
         finally:
             gate.open.set()  # or the test would not end either
+        row = await finished(pool, id)
     assert row["status"] == "FAILED"
     assert "timed out after" in row["output"]["error"]
-    assert next_row["status"] == "COMPLETED"
+
+
+async def is_completed(pool: Pool, id: int) -> bool:
+    return bool((await get_task(pool, id))["status"] == "COMPLETED")
 
 
 @pytest.mark.since(4)
@@ -625,8 +676,8 @@ async def test_a_task_is_not_claimed_after_its_schedule_timeout(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:
     """Even if nobody has come to fail it yet."""
-    worker = make_worker(lesson, pool, queries, echo, HEARTBEAT_INTERVAL=NO_TICK)
-    async with working(worker):
+    settings = {"HEARTBEAT_INTERVAL": NO_TICK, "INACTIVE_AFTER": NO_TICK, "POLL_INTERVAL": 0.02}
+    async with working(make_worker(lesson, pool, queries, echo, **settings)):
         await finished(pool, await enqueue(pool, "echo"))
         late = await enqueue_until(pool, "echo", timedelta(seconds=-1))
         await finished(pool, await enqueue(pool, "echo"))
@@ -697,7 +748,8 @@ async def test_each_change_of_a_tasks_state_is_a_line_of_the_log(
     assert lines(lost) == ["1: QUEUED", "2: RUNNING echo", "2: COMPLETED"]
     assert lines(expired) == ["0: FAILED"]
     assert "1: is not ours any more" in lines(taken)
-    assert lines(put_back) == ["1: RUNNING gated", "1: QUEUED"]
+    expected = ["1: RUNNING gated", "1: QUEUED"] if lesson.number >= 9 else ["1: RUNNING gated"]
+    assert lines(put_back) == expected
 
 
 # register
