@@ -13,7 +13,7 @@ class Slots:
         self.limit = limit
         self.running: dict[asyncio.Task[None], Task] = {}
         self.more_waiting = False  # did the last claim fill every slot that it found free?
-        self._came_free = asyncio.Event()  # a slot, while more tasks were known to wait
+        self._wake = asyncio.Event()  # set when a slot comes free and more tasks are waiting
 
     @property
     def free(self) -> int:
@@ -27,13 +27,13 @@ class Slots:
     def _release(self, run: asyncio.Task[None]) -> None:
         del self.running[run]
         if self.more_waiting:
-            self._came_free.set()
+            self._wake.set()
 
     async def wait(self, seconds: float) -> None:
         """Sleep for that long, or until a slot is free while more tasks are known to wait."""
         if self.more_waiting and self.free:
             return
-        self._came_free.clear()
+        self._wake.clear()
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._came_free.wait()
+                await self._wake.wait()

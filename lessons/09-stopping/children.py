@@ -14,10 +14,10 @@ class Children:
         self.queries = queries
         self._waiting: dict[asyncio.Future[Task], int] = {}  # who waits for which task's end
 
-    async def wait_for(self, id: int) -> Task:
-        """Wait until this task has finished; returns it with its outcome."""
+    async def wait_for(self, child: Task) -> Task:
+        """Wait until a child has finished; returns it with its outcome."""
         finished: asyncio.Future[Task] = asyncio.get_running_loop().create_future()
-        self._waiting[finished] = id
+        self._waiting[finished] = child.id
         try:
             return await finished
         finally:

@@ -83,7 +83,7 @@ class DurableContext:
             self._non_determinism = error
             raise
         if child.status not in ("COMPLETED", "FAILED"):
-            child = await self.children.wait_for(child.id)
+            child = await self.children.wait_for(child)
         if child.status == "FAILED":
             # Set FAILED by hand, it may have any output, or none.
             output = child.output if isinstance(child.output, dict) else {}
