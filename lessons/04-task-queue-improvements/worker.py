@@ -35,7 +35,6 @@ class Worker:
     """
 
     def __init__(self, pool: Pool, queries: Queries, concurrency: int = 100) -> None:
-        self.id = uuid4()
         self.display_name = f"{socket.gethostname()}:{os.getpid()}"
         self.pool = pool
         self.queries = queries
@@ -57,6 +56,7 @@ class Worker:
 
     async def start(self, queue: str) -> None:
         """Run the tasks of `queue` until cancelled. An error of the database ends it, too."""
+        self.id = uuid4()  # anew: what an earlier start has left RUNNING is not ours any more
         async with await open_connection(self.pool) as conn, asyncio.TaskGroup() as group:
             heartbeat = Heartbeat(conn, self.queries, self.id, self.display_name, self._log)
             await heartbeat.beat()  # before the first claim, or others would take what we claim
