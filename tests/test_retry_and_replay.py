@@ -114,10 +114,11 @@ async def test_a_retry_mends_one_failure_of_a_group_at_a_time(lab: ResetLab) -> 
             raise BaseExceptionGroup("steps", errors)
         return results
 
+    id = await lab.enqueue(parent)
+
     async def both_have_started() -> bool:
         return len(await lab.children(id)) == 2
 
-    id = await lab.enqueue(parent)
     async with working(lab.worker(parent, concurrency=0)):
         await wait_for(both_have_started, "both have started before one of them fails")
         async with working(lab.worker(durable_concurrency=0)):
@@ -269,9 +270,9 @@ async def test_an_answer_from_before_the_retry_does_not_wake_the_next_attempt(
     waits: list[int] = []
     wait_for_child = parents.children.wait_for
 
-    async def counting(id: int) -> Any:
-        waits.append(id)
-        return await wait_for_child(id)
+    async def counting(child: Any) -> Any:
+        waits.append(child.id)
+        return await wait_for_child(child)
 
     parents.children.wait_for = counting
     id = await lab.enqueue(order)
