@@ -397,7 +397,7 @@ async def test_the_failure_of_a_child_ends_the_durable_task_for_good(lab: Lab) -
 
 
 async def test_a_failure_in_a_task_group_can_be_compensated(lab: Lab) -> None:
-    """On Python 3.11 and 3.12 such a group leaves its asyncio task as if it were being cancelled."""
+    """On Python 3.11 and 3.12 such a group leaves its asyncio task as if it were cancelled."""
 
     async def parent(context: Any, input: Any) -> Any:
         try:
