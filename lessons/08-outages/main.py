@@ -250,6 +250,15 @@ async def replay(demo: Demo) -> None:
     print("two charges: the log was deleted, so every step was run again as a new child task")
 
 
+async def keep_cutting(demo: Demo) -> None:
+    """Cut the connections of the worker process, again and again. Returns never."""
+    while True:
+        async with demo.pool.connection() as conn:
+            cut = await demo.queries.cut_connections(conn, application_name=demo.queue)
+        print(f"cut its {cut['connections']} connections", flush=True)
+        await asyncio.sleep(1)
+
+
 async def outages(demo: Demo) -> None:
     """Cut the connections of a worker, again and again: it goes on, and nothing is done twice."""
     for number in range(200):
@@ -257,11 +266,10 @@ async def outages(demo: Demo) -> None:
     with worker_process(demo.queue) as worker:
         await demo.wait_until(claimed(100), "100 tasks are claimed")
         print(f"worker process {worker.pid} is packing 100 of 200 parcels", flush=True)
-        while not all_finished(await demo.tasks()):
-            async with demo.pool.connection() as conn:
-                cut = await demo.queries.cut_connections(conn, application_name=demo.queue)
-            print(f"cut its {cut['connections']} connections", flush=True)
-            await asyncio.sleep(1)
+        async with asyncio.TaskGroup() as group:
+            cutting = group.create_task(keep_cutting(demo))
+            await demo.wait_until(all_finished, "all parcels are packed")
+            cutting.cancel()
         print(f"process {worker.pid} {'lives' if worker.poll() is None else 'has ended'}")
     counts = Counter((task.status, task.attempt) for task in await demo.tasks())
     rows = [{"status": s, "attempt": a, "tasks": n} for (s, a), n in sorted(counts.items())]
