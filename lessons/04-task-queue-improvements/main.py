@@ -1,6 +1,6 @@
 """Lesson 04: retries, timeouts, priorities, and a worker that is killed.
 
-python main.py            all of them
+python main.py            all of that
 python main.py --breaks   an order whose three steps are one function is killed in the third
 """
 
@@ -56,10 +56,10 @@ async def ranked(input: Any) -> Any:
 
 
 class Shop:
-    """What takes its time, and what uses the database: with a pool of its own, not the engine's."""
+    """The world outside: it takes payments, sends emails and writes reports, slowly."""
 
     def __init__(self, pool: Pool, queries: Queries, seconds: float) -> None:
-        self.pool = pool
+        self.pool = pool  # not the worker's: whatever a function does to a connection stays here
         self.queries = queries
         self.seconds = seconds
 

@@ -27,14 +27,11 @@ QUEUE = f"demo-{os.getpid()}"  # its own for each run, so that two at once do no
 
 
 class Demo:
-    """A queue with one order, and what a worker that knows the event log does: ours does not yet.
-
-    `shop` is a pool for what the steps do, which is none of the engine's business.
-    """
+    """A queue with one order, and what a worker would do that knows the log: ours does not yet."""
 
     def __init__(self, pool: Pool, shop: Pool, queries: Queries, queue: str) -> None:
         self.pool = pool
-        self.shop = shop
+        self.shop = shop  # what the steps do to a connection stays here
         self.queries = queries
         self.queue = queue
         self.log = EventLog(queries)
