@@ -220,6 +220,8 @@ def conninfo(schema: str) -> str:
         "application_name": f"{schema}:{os.getpid()}",
         # After a failover the address may lead to a standby for a while.
         "target_session_attrs": "read-write",
+        # The host of the URL, not that of PGHOSTADDR.
+        **({"hostaddr": ""} if "host" in given else {}),
         **given,
         "options": f"{given.get('options', '')} {ours}",
         "client_encoding": "UTF8",

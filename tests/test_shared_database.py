@@ -134,7 +134,8 @@ async def backends(pool: Pool) -> set[int]:
 
 
 @pytest.mark.parametrize(
-    "setting", ["default_transaction_read_only = on", "timezone = 'Europe/Berlin'"]
+    "setting",
+    ["default_transaction_read_only = on", "TimeZone = 'Europe/Berlin'", "search_path = public"],
 )
 async def test_a_connection_that_is_not_what_it_was_is_not_kept(
     setting: str, database: str, tmp_path: Path
@@ -142,6 +143,8 @@ async def test_a_connection_that_is_not_what_it_was_is_not_kept(
     async with open_pool(small_lesson(tmp_path)) as pool:
         before = await backends(pool)
         async with pool.connection() as conn, conn.transaction():
+            if conn.info.parameter_status(setting.split()[0]) is None:
+                pytest.skip("this version of Postgres does not tell when it changes")
             await conn.execute(f"SET LOCAL {setting}".encode())
         assert await backends(pool) == before
         async with pool.connection() as conn:
@@ -210,6 +213,7 @@ OVERRIDING = {
     "PGCLIENTENCODING": "LATIN1",
     "PGOPTIONS": "-c intervalstyle=iso_8601",
     "PGTARGETSESSIONATTRS": "standby",
+    "PGHOSTADDR": "127.0.0.99",
 }
 
 

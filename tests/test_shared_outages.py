@@ -38,6 +38,7 @@ NOT_AWAY = [
     TimeoutError(),
     ConnectionError(),
     asyncio.CancelledError(),
+    ExceptionGroup("of a worker", [psycopg.OperationalError()]),
 ]
 
 
