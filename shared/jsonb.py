@@ -58,7 +58,7 @@ def loads(data: str | bytes) -> Any:
     programs can store larger values than dumps does; those are not read.
     """
     if len(data) > MAX_JSON_CHARACTERS:
-        return UnreadableJson(f"Python does not read it: {too_large(data)}")
+        return UnreadableJson(too_large(data))
     try:
         return DECODER.decode(data if isinstance(data, str) else data.decode())
     except Exception as error:
