@@ -28,7 +28,8 @@ def is_away(error: BaseException) -> bool:
 
     True for a lost connection, a restart, a pool timeout, a deadlock, too many connections, a
     read-only server. False for a closed pool, for a statement's own fault, and for SQLSTATE class
-    54 (a value too large or too complex), which psycopg calls an OperationalError too.
+    54 (a value too large or too complex), which psycopg calls an OperationalError too. False for an
+    exception group, whatever is in it: ask for each of its members.
     """
     if isinstance(error, PoolClosed):
         return False

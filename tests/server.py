@@ -67,12 +67,15 @@ def running_server(kind: Kind, environ: Mapping[str, str]) -> Iterator[str]:
 
 
 @contextmanager
-def new_database(server_url: str) -> Iterator[str]:
-    """The connection string of a new and empty database, which is dropped after the block."""
+def new_database(server_url: str, options: str = "") -> Iterator[str]:
+    """The connection string of a new and empty database, which is dropped after the block.
+
+    Options are those of CREATE DATABASE.
+    """
     name = f"test_{uuid4().hex[:12]}"
     with psycopg.connect(server_url, autocommit=True) as conn:
         # template0 since nobody can be connected to it, which would make this fail.
-        conn.execute(f"CREATE DATABASE {name} TEMPLATE template0".encode())
+        conn.execute(f"CREATE DATABASE {name} TEMPLATE template0 {options}".encode())
         try:
             yield make_conninfo(server_url, dbname=name)
         finally:
