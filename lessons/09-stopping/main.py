@@ -140,7 +140,7 @@ class Demo:
         async def is_true() -> bool:
             return condition(await self.tasks())
 
-        await wait_until(is_true, what, seconds=30)
+        await wait_until(is_true, what, seconds=60)
 
     async def wait_for(self, order: Task, status: str) -> None:
         def has_status(tasks: list[Task]) -> bool:
@@ -205,7 +205,7 @@ async def status_of(process: subprocess.Popen[bytes]) -> int | None:
     async def has_ended() -> bool:
         return process.poll() is not None
 
-    await wait_until(has_ended, f"process {process.pid} has ended", seconds=30)
+    await wait_until(has_ended, f"process {process.pid} has ended", seconds=60)
     return process.returncode
 
 
@@ -217,7 +217,7 @@ async def crash(demo: Demo) -> None:
         return bool(await demo.payments(order))
 
     with worker_process(demo.queue) as first:
-        await wait_until(is_charged, "the customer is charged", seconds=30)
+        await wait_until(is_charged, "the customer is charged", seconds=60)
         # The second one starts only now: before, it might have claimed the charge.
         with worker_process(demo.queue):
             first.kill()
