@@ -111,7 +111,7 @@ async def a_thousand_tasks(pool: Pool, queries: Queries) -> None:
 
 
 async def breaks(pool: Pool, queries: Queries) -> None:
-    await enqueue(pool, queries, "write_report", [{"seconds": 60}] * 3)
+    await enqueue(pool, queries, "write_report", [{"seconds": 5}] * 3)
 
     async def all_are_running() -> bool:
         return all(task.status == "RUNNING" for task in await read_tasks(pool, queries))
