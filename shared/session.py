@@ -7,6 +7,8 @@ import psycopg
 from psycopg import AsyncConnection
 from psycopg.rows import DictRow
 
+from shared.outages import is_stale_plan
+
 # A program that is frozen inside a transaction must not keep its row locks for ever.
 TRANSACTION_LIMIT = "15s"
 # What the lessons' statements rely on. Server, database and role may have these set otherwise.
@@ -66,8 +68,10 @@ class FreshConnection(AsyncConnection[DictRow]):
     ) -> None:
         await super().__aexit__(exc_type, exc_val, exc_tb)
         # Before Postgres 14 only the error tells of a standby.
-        read_only = isinstance(exc_val, psycopg.errors.ReadOnlySqlTransaction)
-        if not self.closed and (read_only or self._reported() != self._as_made):
+        is_spent = isinstance(exc_val, psycopg.errors.ReadOnlySqlTransaction) or (
+            exc_val is not None and is_stale_plan(exc_val)
+        )
+        if not self.closed and (is_spent or self._reported() != self._as_made):
             await self.close()
 
 
