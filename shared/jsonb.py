@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from shared.runtime import error_text
+from shared.errors import error_text
 
 MAX_JSON_CHARACTERS = 2**28
 

@@ -57,7 +57,8 @@ from rubbish import (
     singles,
 )
 from shared import Connection, Pool, UnreadableJson, error_text, load_queries, open_pool
-from shared.runtime import MAX_ERROR_CHARACTERS, close_loop
+from shared.errors import MAX_ERROR_CHARACTERS
+from shared.runtime import close_loop
 
 # What lesson 02 does with values and errors is what 03 does; 05 and 06 have the worker of 04.
 pytestmark = [
