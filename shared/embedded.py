@@ -130,12 +130,15 @@ class EmbeddedPostgres:
         reason = str(error)
         if isinstance(error, OSError) and error.filename:
             reason = f"{error.strerror}: {os.fsdecode(error.filename)}"
+        # Not with Path.exists, which may raise where one may not look.
+        in_the_way = isinstance(error, FileExistsError | PermissionError)
+        in_the_way = in_the_way and os.path.exists(self.directory)
+        if in_the_way and not WINDOWS:
+            reason += f" (it belongs to {owner(self.directory)})"
         remedy = "Set DATABASE_URL to use another Postgres"
         if "No space left" in reason:
             remedy = f"Make room on that disk. {remedy}, if you prefer"
-        elif self.directory.exists():
-            if isinstance(error, PermissionError) and not WINDOWS:
-                reason += f" (it belongs to {owner(self.directory)})"
+        elif in_the_way or os.path.exists(self.data):
             remedy += ", or delete that directory, with the data in it, and start again"
         return f"Cannot start the embedded Postgres in {self.directory}: {reason}. {remedy}."
 

@@ -428,3 +428,17 @@ def test_on_a_full_disk_nobody_is_told_to_delete_the_data(directory: Path) -> No
     line = EmbeddedPostgres(directory).explain(error)
     assert "Make room" in line
     assert "delete" not in line
+
+
+def test_a_file_in_the_way_is_one_clear_line(place: Path) -> None:
+    (place / "file").touch()
+    line = outcome(start_program(USER, place / "file")).sole_error_line()
+    assert f"File exists: {place.resolve() / 'file'}" in line
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limits")
+def test_a_failed_creation_leaves_nothing_to_delete(place: Path) -> None:
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
+    line = outcome(start_program(limit + USER, place / "new")).sole_error_line()
+    assert "initdb" in line
+    assert "delete" not in line
