@@ -21,7 +21,7 @@ from psycopg.types.json import set_json_dumps, set_json_loads
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from shared import jsonb
-from shared.embedded import EmbeddedPostgres
+from shared.embedded import EmbeddedPostgres, forget_other_servers
 from shared.schema import apply_schema, schema_name
 from shared.session import NO_POOLER, FreshConnection, check_session, settings
 
@@ -62,6 +62,7 @@ def embedded_url() -> str:
     root = Path(__file__).resolve().parent.parent
     if not (root / "pyproject.toml").exists():
         root = Path.cwd()  # installed without the repository
+    forget_other_servers()
     return EmbeddedPostgres(root / ".postgres").start()
 
 

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from shared.runtime import error_text
+from shared.errors import error_text
 
 # Making and reading a value holds up the event loop, and with it heartbeats: a hundred million
 # characters for longer than a heartbeat may be late.

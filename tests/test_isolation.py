@@ -18,7 +18,7 @@ from psycopg import sql
 from helpers import enqueue, execute, finished, make_worker, working
 from lesson_loader import all_lessons, lesson_number
 from shared import EmbeddedPostgres, Pool, open_pool
-from shared.embedded import PROGRAMS
+from shared.embedded import programs
 from shared.schema import schema_name
 
 COMPOSE = Path(__file__).parents[1] / "docker-compose.yml"
@@ -162,7 +162,7 @@ def test_the_embedded_servers_files_are_for_its_user_only(own_server: EmbeddedPo
 def test_another_user_reaches_neither_files_nor_socket(own_server: EmbeddedPostgres) -> None:
     commands: list[list[str | Path]] = [
         ["cat", own_server.data / "PG_VERSION"],
-        [PROGRAMS / "psql", own_server.url(), "-c", "SELECT 1"],
+        [programs() / "psql", own_server.url(), "-c", "SELECT 1"],
     ]
     import pwd
 

@@ -56,7 +56,8 @@ from rubbish import (
     singles,
 )
 from shared import Connection, Pool, UnreadableJson, error_text, load_queries, open_pool
-from shared.runtime import MAX_ERROR_CHARACTERS, close_loop
+from shared.errors import MAX_ERROR_CHARACTERS
+from shared.runtime import close_loop
 
 # Nothing that a function does harms others: that is lesson 10.
 pytestmark = [
