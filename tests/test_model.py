@@ -245,6 +245,9 @@ class Engine(RuleBasedStateMachine):
     def inactive(self) -> list[int]:
         return [w for w in self.model.workers if w not in self.active()]
 
+    def unheard(self) -> list[int]:
+        return [worker for worker in WORKERS if self.model.workers.get(worker) != "fresh"]
+
     def owners(self) -> list[int]:
         return sorted({claim.worker for claim in self.live()})
 
@@ -265,12 +268,14 @@ class Engine(RuleBasedStateMachine):
 
     # The rules: what happens.
 
-    @initialize(count=st.integers(1, 4))
-    def some_orders(self, count: int) -> None:
+    @initialize(count=st.integers(1, 4), claimed=st.integers(0, 3))
+    def some_orders(self, count: int, claimed: int) -> None:
         for number in range(count):
             self.enqueue("a", True, number % 2, number % 3, None)
         for worker in WORKERS:
             self.heartbeat(worker)
+        for worker in WORKERS[:claimed]:
+            self.claim(worker, ("a", True), ("order",), 1, False)
 
     @rule(
         queue=queues,
@@ -348,11 +353,17 @@ class Engine(RuleBasedStateMachine):
         self.do(self.ending(claim, status, {"error": "oops"}), hold, commit)
 
     @has(failed_by_child)
-    @rule(claim_and_child=pick(failed_by_child))
-    def fail_by_child(self, claim_and_child: tuple[Claim, int]) -> None:
+    @rule(claim_and_child=pick(failed_by_child), compensates=st.booleans(), retries=st.booleans())
+    def fail_by_child(
+        self, claim_and_child: tuple[Claim, int], compensates: bool, retries: bool
+    ) -> None:
         claim, child = claim_and_child
+        if compensates:
+            self.append(claim, "step", 0, False, True)
         output = {"error": "its child failed", "child_task_id": child}
         self.do(self.ending(claim, "FAILED", output), commit=True)
+        if retries:
+            self.retry_task(claim.id, False, True)
 
     @has(live_and_held)
     @rule(
@@ -439,7 +450,11 @@ class Engine(RuleBasedStateMachine):
 
         self.do(Step("append", append, lambda model, held: None))
 
-    @rule(worker=workers)
+    @has(unheard)
+    @rule(worker=pick(unheard))
+    def beat_again(self, worker: int) -> None:
+        self.heartbeat(worker)
+
     def heartbeat(self, worker: int) -> None:
         async def beat(conn: Connection) -> bool:
             row = await self.queries.heartbeat(
@@ -510,9 +525,14 @@ class Engine(RuleBasedStateMachine):
 
     @has(live_durable)
     @precondition(lambda self: self.held is None)
-    @rule(claim=pick(live_durable), name=st.sampled_from(["step", "order"]), twice=st.booleans())
-    def steps_fail(self, claim: Claim, name: str, twice: bool) -> None:
-        """Steps are started, claimed, and fail: what retry_task is for."""
+    @rule(
+        claim=pick(live_durable),
+        name=st.sampled_from(["step", "order"]),
+        twice=st.booleans(),
+        reset=st.sampled_from([None, "retry_task", "replay_task"]),
+    )
+    def steps_fail(self, claim: Claim, name: str, twice: bool, reset: str | None) -> None:
+        """Steps are started, claimed, and fail: what retry_task is for, but not of them."""
         task = self.model.tasks[claim.id]
         for _ in range(1 + twice):
             self.append(claim, name, 0, False, True)
@@ -522,6 +542,16 @@ class Engine(RuleBasedStateMachine):
         for child in self.live():
             if child.id in children:
                 self.do(self.ending(child, "FAILED", {"error": "no"}))
+                if reset is not None:
+                    self.reset(reset, child.id, False, True)
+
+    @has(live_durable)
+    @rule(claim=pick(live_durable), name=st.sampled_from(["step", "order"]), hold=seldom)
+    def give_up_and_replay(self, claim: Claim, name: str, hold: bool) -> None:
+        """A task fails while some of what it has started waits, or runs."""
+        self.append(claim, name, 0, False, True)
+        self.do(self.ending(claim, "FAILED", {"error": "no"}))
+        self.reset("replay_task", claim.id, hold, True)
 
     @has(live)
     @rule(claim=pick(live), hold=seldom)
