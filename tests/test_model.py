@@ -546,6 +546,15 @@ class Engine(RuleBasedStateMachine):
                     self.reset(reset, child.id, False, True)
 
     @has(live_durable)
+    @precondition(lambda self: self.held is None)
+    @rule(claim=pick(live_durable), compensates=st.booleans())
+    def fails_and_is_retried(self, claim: Claim, compensates: bool) -> None:
+        self.steps_fail(claim, "step", False, None)
+        pairs = [pair for pair in self.failed_by_child() if pair[0] == claim]
+        if pairs:
+            self.fail_by_child(pairs[-1], compensates, True)
+
+    @has(live_durable)
     @rule(claim=pick(live_durable), name=st.sampled_from(["step", "order"]), hold=seldom)
     def give_up_and_replay(self, claim: Claim, name: str, hold: bool) -> None:
         """A task fails while some of what it has started waits, or runs."""
