@@ -555,10 +555,19 @@ class Engine(RuleBasedStateMachine):
             self.fail_by_child(pairs[-1], compensates, True)
 
     @has(live_durable)
-    @rule(claim=pick(live_durable), name=st.sampled_from(["step", "order"]), hold=seldom)
-    def give_up_and_replay(self, claim: Claim, name: str, hold: bool) -> None:
+    @rule(
+        claim=pick(live_durable),
+        name=st.sampled_from(["step", "order"]),
+        runs=st.booleans(),
+        hold=seldom,
+    )
+    def give_up_and_replay(self, claim: Claim, name: str, runs: bool, hold: bool) -> None:
         """A task fails while some of what it has started waits, or runs."""
         self.append(claim, name, 0, False, True)
+        if runs:
+            self.heartbeat(claim.worker)
+            kind = self.model.tasks[claim.id].queue, name == "order"
+            self.claim(claim.worker, kind, (name,), 50, False)
         self.do(self.ending(claim, "FAILED", {"error": "no"}))
         self.reset("replay_task", claim.id, hold, True)
 
