@@ -320,6 +320,7 @@ async def test_a_worker_survives_a_restart_of_the_server(
     assert sorted(started) == list(range(10))
 
 
+@pytest.mark.only(10)
 async def test_a_worker_survives_a_server_that_is_read_only_for_a_while(
     lesson: Any, own_pool: Pool, caplog: pytest.LogCaptureFixture
 ) -> None:
