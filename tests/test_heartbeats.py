@@ -422,10 +422,11 @@ async def test_a_worker_that_has_just_started_gives_others_time_to_beat(
     """After an outage everybody's heartbeat is old."""
     id = await add_running_task(pool, await add_worker(pool, seconds_ago=60))
     began = time.monotonic()
-    settings = QUICK | {"INACTIVE_AFTER": 2.0}
+    time_to_beat = 2.0 if lesson.number >= 8 else 10.0  # a busy machine must not look patient
+    settings = QUICK | {"INACTIVE_AFTER": time_to_beat}
     async with working(make_worker(lesson, pool, queries, echo, **settings)):
         await finished(pool, id)
-    assert time.monotonic() - began >= 1.8
+    assert time.monotonic() - began >= 0.9 * time_to_beat
 
 
 @pytest.mark.since(8)
