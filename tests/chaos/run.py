@@ -63,7 +63,8 @@ class WorkerProcess:
     def lost_the_database(self) -> bool:
         """Whether it has ended as a worker may that does not survive an outage."""
         log = self.log.read_text()
-        return self.process.returncode == 1 and ("psycopg" in log or "database went away" in log)
+        says_so = "the database went away: " in log and "Traceback" not in log
+        return self.process.returncode == 1 and says_so
 
 
 class Chaos:
@@ -174,10 +175,16 @@ class Chaos:
                 self.done["workers that ended with the database"] += 1
             elif not worker.told_to_end:
                 self.wrong.append(f"{worker.log.name} ended by itself with status {status}")
-            elif status != 0 and (self.lesson >= STOPS or status != 128 + signal.SIGTERM):
+            elif status not in self.statuses_when_told_to_end():
                 self.wrong.append(
                     f"{worker.log.name} was told to end and did so with status {status}"
                 )
+
+    def statuses_when_told_to_end(self) -> set[int]:
+        if self.lesson >= STOPS:
+            return {0}
+        # Killed by the signal is one that was just ending anyway, with the database.
+        return {128 + signal.SIGTERM, -signal.SIGTERM}
 
     # The faults.
 
