@@ -195,7 +195,7 @@ def test_unusable_data_is_one_clear_line(directory: Path) -> None:
     (server.data / "global" / "pg_control").unlink()
     end = outcome(start_program(USER, directory))
     line = end.sole_error_line()
-    assert str(directory) in line
+    assert str(server.directory) in line
     assert "delete" in line
 
 
