@@ -43,11 +43,9 @@ def choose_server(environ: Mapping[str, str], docker: Callable[[], bool]) -> Kin
 
 
 @contextmanager
-def running_server(
-    environ: Mapping[str, str], docker: Callable[[], bool] = docker_answers
-) -> Iterator[tuple[Kind, str]]:
+def running_server(environ: Mapping[str, str]) -> Iterator[tuple[Kind, str]]:
     """The kind and the URL of a server, gone after the block if it was started for it."""
-    kind = choose_server(environ, docker)
+    kind = choose_server(environ, docker_answers)
     with ExitStack() as stack:
         if kind == "TEST_DATABASE_URL":
             url = environ["TEST_DATABASE_URL"]
@@ -64,6 +62,11 @@ def running_server(
                 kind = "embedded"
         if kind == "embedded":
             url = stack.enter_context(embedded_server())
+        if kind != "TEST_DATABASE_URL":
+            with psycopg.connect(url, autocommit=True) as conn:
+                # The tests kill Postgres, but not the machine it runs on.
+                conn.execute("ALTER SYSTEM SET fsync = off")
+                conn.execute("SELECT pg_reload_conf()")
         yield kind, url
 
 
@@ -83,10 +86,6 @@ def embedded_server() -> Iterator[str]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         server = EmbeddedPostgres(Path(directory))
         url = server.start()
-        with psycopg.connect(url, autocommit=True) as conn:
-            # The tests kill Postgres, but not the machine it runs on.
-            conn.execute("ALTER SYSTEM SET fsync = off")
-            conn.execute("SELECT pg_reload_conf()")
         try:
             yield url
         finally:
