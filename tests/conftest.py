@@ -54,7 +54,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if not session.config.option.collectonly:
         stack = ExitStack()
         session.config.add_cleanup(stack.close)
-        kind, url = stack.enter_context(running_server(os.environ))
+        try:
+            kind, url = stack.enter_context(running_server(os.environ))
+        except SystemExit as error:  # with one line, which pytest would bury in a traceback
+            raise pytest.UsageError(f"{error} (The tests ask for TEST_DATABASE_URL.)") from None
         session.config.stash[SERVER] = kind
         os.environ["TEST_DATABASE_URL"] = url
 

@@ -49,20 +49,34 @@ class Engine(BaseHTTPRequestHandler):
 def test_docker_that_cannot_get_the_image_is_one_line_and_the_server_is_embedded() -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Engine) as engine:
         Thread(target=engine.serve_forever, daemon=True).start()
-        address = f"tcp://127.0.0.1:{engine.server_port}"
-        environment = os.environ | {"DOCKER_HOST": address, "TEST_DATABASE_URL": ""}
-        end = subprocess.run(
-            [sys.executable, "-m", "pytest", "-n0", f"{TESTS}/test_scaffolding.py", "-k", "first"],
-            cwd=TESTS.parent,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+        end = run_one_test(docker=f"tcp://127.0.0.1:{engine.server_port}")
         engine.shutdown()
     assert end.returncode == 0, end
     (line,) = [line for line in end.stderr.splitlines() if "Docker" in line]
     assert "no such host: registry" in line
     assert "postgres: embedded" in end.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
+def test_without_any_server_there_is_one_clear_line() -> None:
+    # Too little for the files of a Postgres.
+    end = run_one_test("sh", "-c", 'ulimit -f 100; exec "$@"', "sh", docker="unix:///nowhere")
+    assert end.returncode == pytest.ExitCode.USAGE_ERROR
+    (line,) = filter(None, end.stderr.splitlines())
+    assert line.startswith("ERROR: ")
+    assert "embedded Postgres" in line
+
+
+def run_one_test(*wrapper: str, docker: str) -> subprocess.CompletedProcess[str]:
+    """Run pytest, which has to find or start a server, with the Docker at this address."""
+    test = [f"{TESTS}/test_scaffolding.py", "-k", "comes_first"]
+    return subprocess.run(
+        [*wrapper, sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", *test],
+        cwd=TESTS.parent,
+        env=os.environ | {"DOCKER_HOST": docker, "TEST_DATABASE_URL": ""},
+        capture_output=True,
+        text=True,
+    )
 
 
 def make_lesson(parent: Path, name: str) -> Path:
