@@ -257,7 +257,11 @@ OPTIONS: st.SearchStrategy[dict[str, Any]] = st.just({}) | st.one_of(
 
 
 def too_deep(*arguments: Any) -> Any:
-    return too_deep()
+    # Not itself: Python 3.13.0 counts only calls with as many arguments as the function names.
+    def go_deeper() -> Any:
+        return go_deeper()
+
+    return go_deeper()
 
 
 def too_large(*arguments: Any) -> Any:

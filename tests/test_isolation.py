@@ -142,6 +142,7 @@ def test_a_program_touches_no_schema_but_its_own(lesson: Any, database: str) -> 
     assert snapshot(database, except_schema=own) == before
 
 
+@pytest.mark.as_root
 @pytest.mark.skipif(sys.platform == "win32", reason="there it has to use TCP")
 def test_the_embedded_server_listens_on_no_tcp_port(own_server: EmbeddedPostgres) -> None:
     postmaster = psutil.Process(int(own_server.pid_file_lines()[0]))
@@ -150,12 +151,14 @@ def test_the_embedded_server_listens_on_no_tcp_port(own_server: EmbeddedPostgres
     assert postmaster.net_connections("unix") != []  # so we would have seen it
 
 
+@pytest.mark.as_root
 @pytest.mark.skipif(sys.platform == "win32", reason="there it has neither mode bits nor sockets")
 def test_the_embedded_servers_files_are_for_its_user_only(own_server: EmbeddedPostgres) -> None:
     assert own_server.data.stat().st_mode & 0o077 == 0
     assert (own_server.data / ".s.PGSQL.5432").is_socket()
 
 
+@pytest.mark.as_root
 @pytest.mark.skipif(
     sys.platform == "win32" or os.geteuid() != 0, reason="only root can try as another user"
 )

@@ -165,6 +165,8 @@ def test_the_list_of_unchecked_blocks(root: Path, monkeypatch: pytest.MonkeyPatc
         ("01:15:15.140 INFO  worker vm:9637", "23:00:00.001 INFO  worker vm:1"),
         ("2026-11-23 01:15:28.206325+00 | x", "2027-01-01 01:15:28+00 | x"),
         ("took 12 ms or 1.5 s", "took 3.2 ms or 0.7 s"),
+        ("Postgres  18.4", "Postgres  18.6 (Debian 18.6-1.pgdg13+2)"),
+        ("Python    3.11.7", "Python    3.14.0rc2+"),
         ("Seq Scan (cost=0.1..2 rows=3 width=4)", "Seq Scan (cost=0.2..3 rows=9 width=9)"),
         ("(actual time=0.1..0.2 rows=100.00 loops=1)", "(actual time=3..4 rows=100 loops=1)"),
         (" a |  b \n---+----", " a | b \n---+---"),

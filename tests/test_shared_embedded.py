@@ -17,6 +17,8 @@ from helpers import wait_for
 from programs import outcome, run_program, small_lesson, start_program
 from shared import EmbeddedPostgres
 
+pytestmark = pytest.mark.as_root
+
 USER = """
 import os, psycopg
 from pathlib import Path
@@ -331,7 +333,7 @@ def test_unusable_data_is_one_clear_line(directory: Path) -> None:
     (server.data / "global" / "pg_control").unlink()
     end = outcome(start_program(USER, directory))
     line = end.sole_error_line()
-    assert str(directory) in line
+    assert str(server.directory) in line
     assert "delete" in line
 
 
