@@ -339,12 +339,15 @@ def test_form(root: Path) -> None:
     assert not list(structure_problems(write(root, right)))
     folded = right.replace("## Building it\n", f"## Building it\n\n### More\n\n{answer()}")
     assert not list(structure_problems(write(root, folded)))
+    long = right.replace("</details>", "filler\n" * 600 + "</details>", 1)
+    assert not list(structure_problems(write(root, long)))
     for wrong, message in [
         (right.replace("## The idea", "## Idea"), "the headings"),
         (right.replace("## Run it\n\n## Diff it", "## Diff it\n\n## Run it"), "the headings"),
         (right.replace("# Title", "Title"), "a title"),
         (right.replace("filler\n", ""), "lines, not 150"),
         (right + "\nfiller" * 600, "lines, not 150"),
+        (long + "\nfiller" * 600, "lines, not 150"),
         (right.replace("### One\n", "", 1), "<details> is for the answer"),
         (right.replace("## Run it\n", f"## Run it\n\n{answer()}"), "<details> is for the answer"),
         (right.replace("<details>", "").replace("</details>", ""), "0 <details>"),
