@@ -197,7 +197,7 @@ SELECT child.id, child.task_name, EXISTS (
     SELECT
     FROM durable_events AS later
     WHERE later.task_id = parent.id
-      AND later.inserted_at > child.finished_at
+      AND later.inserted_at > coalesce(child.finished_at, event.inserted_at)
 ) AS was_handled
 FROM tasks AS parent
 JOIN durable_events AS event ON event.task_id = parent.id
