@@ -346,7 +346,7 @@ def test_form(root: Path) -> None:
         (right.replace("## Run it\n\n## Diff it", "## Diff it\n\n## Run it"), "the headings"),
         (right.replace("# Title", "Title"), "a title"),
         (right.replace("filler\n", ""), "lines, not 150"),
-        (right + "\nfiller" * 600, "lines, not 150"),
+        (right + "\nfiller" * 900, "lines, not 150"),
         (long + "\nfiller" * 600, "lines, not 150"),
         (right.replace("### One\n", "", 1), "<details> is for the answer"),
         (right.replace("## Run it\n", f"## Run it\n\n{answer()}"), "<details> is for the answer"),
