@@ -36,7 +36,7 @@ async def pgbench(stage: Stage, tasks: int) -> float | None:
     share = -(-tasks // CONNECTIONS)
     batches = -(-tasks // SLOTS)
     claim, complete = stage.queries.poll_tasks.sql, stage.queries.complete_task.sql
-    variables: dict[str, object] = {"queue": QUEUE, "limit": SLOTS}
+    variables: dict[str, object] = {"queue": QUEUE, "task_names": "{noop}", "limit": SLOTS}
     claims_per_s = await tps(program, stage, claim, 1, batches, variables)
     variables = {"n": 0, "share": share, "output": "null"}
     completions_per_s = await tps(program, stage, NEXT_ID + complete, CONNECTIONS, share, variables)
