@@ -14,7 +14,7 @@ BUYS = {
     "06": "a function that changed\nmeanwhile is caught",
     "07": "functions of several steps\ngo on where they were",
     "08": "workers outlive a database\nthat goes away",
-    "09": "workers that are told to end\nleave nothing undone",
+    "09": "workers that are told to end\nleave nobody waiting",
     "10": "no function can stop\na worker",
 }
 # Readable on white and on black.
