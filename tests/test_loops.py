@@ -295,6 +295,7 @@ async def test_an_input_that_cannot_be_read_is_not_tried_again(
 
     async with working(make_worker(lesson, pool, queries, echo, **QUICK)):
         id = await enqueue(pool, "echo", queue="later", max_retries=3)
-        await execute(pool, "UPDATE tasks SET input = '1e5000', queue = %s WHERE id = %s", QUEUE, id)
+        unreadable = "UPDATE tasks SET input = '1e5000', queue = %s WHERE id = %s"
+        await execute(pool, unreadable, QUEUE, id)
         row = await finished(pool, id)
     assert (row["status"], row["attempt"], row["retry_count"]) == ("FAILED", 1, 0)
