@@ -90,7 +90,8 @@ async def one_task(pool: Pool, queries: Queries) -> None:
 
 async def breaks(pool: Pool, queries: Queries) -> None:
     logging.getLogger("worker").setLevel(logging.WARNING)  # else it says 800 lines
-    await pool.resize(pool.max_size)  # what the worker itself needs is open from now on
+    # A connection is an open file, too. Open all of them now: the limit is for the tasks' files.
+    await pool.resize(pool.max_size)
     await pool.wait()
     limit_open_files()
     await enqueue(pool, queries, "resize_image", [{"image": image} for image in range(TASKS)])
