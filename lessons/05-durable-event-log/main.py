@@ -71,8 +71,8 @@ class Demo:
         await wait_until(is_queued, "the order is in the queue again", seconds=30)
         return await self.claim(worker_id)
 
-    async def has_begun(self, task: Task, event_id: int, name: str) -> bool:
-        """Whether an earlier attempt has begun a step, as the log says; if not, it says so now."""
+    async def begin(self, task: Task, event_id: int, name: str) -> bool:
+        """Record that a step begins. Returns whether an earlier attempt has begun it already."""
         async with self.pool.connection() as conn, conn.transaction():
             _, already_recorded = await self.log.append(conn, task, event_id, "TASK_STARTED")
         what = f"found: {name} has begun" if already_recorded else f"appended: {name} begins"
@@ -80,8 +80,9 @@ class Demo:
         return already_recorded
 
     async def step(self, task: Task, event_id: int, name: str) -> None:
-        """Take a step, unless an earlier attempt has begun it. Only a charge leaves a trace."""
-        if not await self.has_begun(task, event_id, name) and name == "charge_payment":
+        """Take a step, unless an earlier attempt has begun it. Only a charge does anything here."""
+        already_begun = await self.begin(task, event_id, name)
+        if name == "charge_payment" and not already_begun:
             async with self.shop.connection() as conn:
                 await self.queries.create_payment(conn, **task.input)
 
