@@ -139,6 +139,23 @@ async def test_a_crash_a_retry_and_a_replay(lesson: Any, database: str) -> None:
 
 
 @pytest.mark.until(7)
+async def test_07_a_worker_that_comes_back_changes_nothing_and_works_on(
+    lesson: Any, pool: Pool
+) -> None:
+    async with program(lesson, "--stall") as process, asyncio.timeout(SECONDS):
+        out, err = (text.decode() for text in await process.communicate())
+    assert process.returncode == 0, out + err
+    assert err.count("is not ours any more, its outcome is dropped") == 2, err
+    rows = await orders(pool)
+    assert sorted((row["status"], row["attempt"], len(row["events"])) for row in rows) == [
+        ("COMPLETED", 1, 2),
+        ("COMPLETED", 2, 2),
+    ]
+    assert await charges(pool) == [1, 1]
+    assert await nothing_is_left(pool)
+
+
+@pytest.mark.until(7)
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
 async def test_an_order_that_was_stopped_half_way_is_finished_by_the_next_run(
     lesson: Any, pool: Pool, how: str

@@ -171,7 +171,7 @@ class Demo:
             events = [DurableEvent(**row) async for row in rows]
             ids = [order.id, *(event.child_task_id for event in events)]
             tasks = [Task(**await self.queries.get_task(conn, id=id)) for id in ids]
-        show("the order and its child tasks:", tasks, "id task_name status attempt retry_count")
+        show("the order and its child tasks:", tasks, "id task_name status attempt output")
         show("the event log of the order:", events, "task_id event_id kind child_task_id")
         show("the charges made:", await self.payments(order), "idempotency_key order_id amount")
 
