@@ -126,13 +126,13 @@ class Run:
     async def take(self, step: Step, context: Any) -> None:
         """Run a child. What is wrong with it, or with the call, is an error like any other."""
         name, input, options = make([step.task_name, step.input, step.options])
-        child = context.run_task(name, input, **options)
-        if step.is_left:
+        with suppress(Exception):
+            child = context.run_task(name, input, **options)  # an input that is no JSON fails here
+            if not step.is_left:
+                await child
+                return
             asyncio.ensure_future(child).add_done_callback(lambda child: None)
             await asyncio.sleep(0)
-            return
-        with suppress(Exception):
-            await child
 
     async def end(self, end: Return | Raise | str) -> Any:
         if isinstance(end, Return):

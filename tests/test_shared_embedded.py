@@ -248,7 +248,8 @@ def test_the_environment_may_be_about_another_server(
     assert end.stdout == f"{repository / 'shared' / '__init__.py'} 1\n"
     psql = [sys.executable, "-m", "shared", "psql", "7", "-XAtc", "SELECT count(*) FROM notes"]
     result = subprocess.run(psql, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "0\n", "")
+    # Debian's psql, a program in Perl, complains of the locale.
+    assert (result.returncode, result.stdout) == (0, "0\n")
 
 
 def test_a_server_is_created_whatever_the_environment_says(
