@@ -282,13 +282,14 @@ async def breaks(demo: Demo) -> None:
         await demo.enqueue("pack_parcel", {"parcel": number, "seconds": 2})
     with worker_process(demo.queue) as first:
         await demo.wait_until(claimed(3), "all tasks are claimed")
+        await asyncio.sleep(1)
         async with demo.working():  # another worker, in this process
             first.terminate()
             status = await status_of(first)
             print(f"SIGTERM: worker process {first.pid} has ended, with status {status}")
             await demo.follow()
     show("the tasks:", await demo.tasks(), "id task_name status attempt output")
-    print("2 seconds of work were cut off, and nobody began again before the heartbeat was old")
+    print("3 parcels were half packed, and nobody began again before the heartbeat was old")
 
 
 async def main(flags: argparse.Namespace) -> None:
