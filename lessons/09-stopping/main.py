@@ -260,7 +260,6 @@ GRACE = 2.0  # seconds, in place of 5, so that the demos are over sooner
 
 async def stopping(demo: Demo) -> None:
     """Tell a worker to stop: it ends what it can in time, and another one has the rest at once."""
-    print(f"the SHUTDOWN_GRACE of the worker processes is {GRACE:g} seconds", flush=True)
     for seconds in (1.5, 5):
         await demo.enqueue("pack_parcel", {"seconds": seconds})
     await demo.enqueue_order()
@@ -286,7 +285,6 @@ async def end_process(input: Any) -> Any:
 
 async def breaks(demo: Demo) -> None:
     """Functions that ignore their cancellation keep a worker; one that ends its process, all."""
-    print(f"the SHUTDOWN_GRACE of the worker processes is {GRACE:g} seconds", flush=True)
     for _ in range(100):
         await demo.enqueue("ignore_cancellation", None, timeout=timedelta(seconds=1))
     with worker_process(demo.queue) as first:
@@ -316,6 +314,8 @@ async def main(flags: argparse.Namespace) -> None:
         demo = Demo(pool, Shop(shop_pool, queries), queries, queue)
         if flags.worker:
             worker.SHUTDOWN_GRACE = GRACE
+            grace = f"a SHUTDOWN_GRACE of {worker.SHUTDOWN_GRACE:g} seconds"
+            print(f"worker process {os.getpid()} has {grace}", flush=True)
             demo.worker.register("ignore_cancellation", ignore_cancellation)
             demo.worker.register("end_process", end_process)
             logging.getLogger("worker").setLevel(logging.WARNING)  # the demo says what happens
