@@ -279,6 +279,7 @@ async def unruly(demo: Demo) -> None:
     worker.SHUTDOWN_GRACE = 1.0
     housekeeping.MAX_LOST_WORKERS = 2
     print("in this demo SHUTDOWN_GRACE is 1 second, and MAX_LOST_WORKERS is 2", flush=True)
+    await demo.enqueue("pack_parcel", {"seconds": 5})
     for function in (exit_program, ignore_cancellation, return_rubbish):
         demo.worker.register(function.__name__, function)
         await demo.enqueue(function.__name__, None, timeout=timedelta(seconds=1))
@@ -289,7 +290,6 @@ async def unruly(demo: Demo) -> None:
             with worker_process(demo.queue) as process:
                 await status_of(process)
                 print(f"worker process {process.pid} has ended", flush=True)
-        await demo.enqueue("pack_parcel", {"seconds": 1})
     show("the tasks:", await demo.tasks(), "id task_name status attempt lost_count output")
 
 
