@@ -114,7 +114,10 @@ async def breaks(pool: Pool, queries: Queries) -> None:
     await enqueue(pool, queries, "write_report", [{"seconds": 5}] * 3)
 
     async def all_are_running() -> bool:
-        return all(task.status == "RUNNING" for task in await read_tasks(pool, queries))
+        if any(task.status != "RUNNING" for task in await read_tasks(pool, queries)):
+            return False
+        await asyncio.sleep(0.5)  # the other process still has to log it
+        return True
 
     process = start_process(QUEUE)
     try:
