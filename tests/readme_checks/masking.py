@@ -21,6 +21,11 @@ NOISE = [
     (r"(?<=rows=)(\d+)\.00\b", r"\1"),  # since Postgres 18
     (r"\bBuffers: .*", "Buffers: <number>"),
     (r"\bMemory: \d+kB", "Memory: <number>"),
+    # How a connection was cut, as who sees it says it: told by the server, or not any more.
+    (
+        r"(terminating connection due to|consuming input failed:|server closed the connection).*",
+        "<cut>",
+    ),
     # Distributions, and the official image, add theirs: 18.6 (Debian 18.6-1.pgdg13+2).
     (r"^(Python|psycopg|aiosql|Postgres)( +)\d\S*(?: \(.*\))?$", r"\1 <version>"),
 ]
