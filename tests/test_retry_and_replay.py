@@ -5,20 +5,25 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from psycopg.types.json import Jsonb
 
 from durable_helpers import Lab
-from helpers import enqueue, execute, finished, get_task, wait_for, working
+from helpers import enqueue, execute, finished, get_task, wait_for, wait_for_status, working
 from shared import Pool
 
-pytestmark = pytest.mark.since(7)
+# rerun.py is the same file in all of them.
+pytestmark = [pytest.mark.since(7), pytest.mark.only(7, 10)]
 
 
 class ResetLab(Lab):
+    functions: list[Any]  # of with_open_descendants
+    slow: Any
+
     async def retry(self, id: int) -> None:
-        await self.lesson.durable_context.retry_task(self.pool, self.queries, id)
+        await self.lesson.rerun.retry_task(self.pool, self.queries, id)
 
     async def replay(self, id: int) -> None:
-        await self.lesson.durable_context.replay_task(self.pool, self.queries, id)
+        await self.lesson.rerun.replay_task(self.pool, self.queries, id)
 
     def mend(self) -> None:
         """From now on the task `broken` works."""
@@ -109,7 +114,15 @@ async def test_a_retry_mends_one_failure_of_a_group_at_a_time(lab: ResetLab) -> 
             raise BaseExceptionGroup("steps", errors)
         return results
 
-    id = (await lab.run(parent))["id"]
+    id = await lab.enqueue(parent)
+
+    async def both_have_started() -> bool:
+        return len(await lab.children(id)) == 2
+
+    async with working(lab.worker(parent, concurrency=0)):
+        await wait_for(both_have_started, "both have started before one of them fails")
+        async with working(lab.worker(durable_concurrency=0)):
+            await finished(lab.pool, id)
     lab.mend()
     children = [child["id"] for child in await lab.children(id)]
     await lab.retry(id)
@@ -149,23 +162,102 @@ async def test_a_retry_after_non_determinism_needs_the_old_function(lab: ResetLa
     assert lab.calls == {"1": 1}
 
 
-class Repeats:
-    """A lesson's queries, of which one answers again, later, what it has answered before."""
+async def fails(context: Any, input: Any) -> None:
+    await context.run_task("broken", "leaf")
+
+
+async def compensates(context: Any, input: Any) -> None:
+    """Does something about the failure of its child, which is then its own."""
+    try:
+        await context.run_task(input[0], input[1:], is_durable=input[0] != "broken")
+    except Exception:
+        await context.run_task("step", "refund")
+        raise
+
+
+async def passes_on(context: Any, input: Any) -> None:
+    await context.run_task(input[0], input[1:], is_durable=True)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "compensates broken",
+        "compensates fails",
+        "passes_on compensates broken",
+        "passes_on passes_on compensates fails",
+    ],
+)
+async def test_a_retry_is_refused_if_the_function_went_on_from_the_failure_at_any_level(
+    lab: ResetLab, path: str
+) -> None:
+    """The step would be done and its refund would stay: what follows would contradict the log."""
+    functions = [fails, compensates, passes_on]
+    name, *input = path.split()
+    id = await enqueue(lab.pool, name, input, is_durable=True)
+    failed = await lab.finish(id, *functions)
+    assert (failed["status"], lab.calls["refund"]) == ("FAILED", 1)
+
+    lab.mend()
+    before = await lab.tasks()
+    with pytest.raises(ValueError, match="replay_task"):
+        await lab.retry(id)
+    assert await lab.tasks() == before, "it has changed something all the same"
+    await lab.replay(id)
+    assert (await lab.finish(id, *functions))["status"] == "COMPLETED"
+    assert lab.calls["refund"] == 1
+
+
+async def test_a_refused_retry_names_the_task_that_went_on_and_its_child(lab: ResetLab) -> None:
+    id = await lab.enqueue(passes_on, ["compensates", "broken"])
+    await lab.finish(id, passes_on, compensates)
+    (inner,) = await lab.children(id)
+    leaf, _ = await lab.children(inner["id"])
+    with pytest.raises(ValueError, match=rf"task {inner['id']} .*child {leaf['id']} \(broken\)"):
+        await lab.retry(id)
+
+
+async def test_a_branch_that_went_on_meanwhile_makes_a_retry_refuse_too(lab: ResetLab) -> None:
+    """The log does not tell it from a compensation."""
+    failed: list[BaseException] = []
+
+    async def first(context: Any) -> None:
+        try:
+            await context.run_task("broken", "email")
+        except Exception as error:
+            failed.append(error)
+            raise
+
+    async def second(context: Any) -> None:
+        await wait_for(lambda: failed, "the other branch has failed")
+        await context.run_task("step", "print")
+
+    async def parent(context: Any, input: Any) -> None:
+        await asyncio.gather(first(context), second(context), return_exceptions=True)
+        raise failed[-1]
+
+    id = (await lab.run(parent))["id"]
+    with pytest.raises(ValueError, match="replay_task"):
+        await lab.retry(id)
+
+
+class Delays:
+    """A lesson's queries, whose first answer that names a child is long on its way."""
 
     def __init__(self, queries: Any) -> None:
         self.queries = queries
-        self.answers: list[Any] = []
-        self.repeats = 0
+        self.is_on_its_way = False
+        self.may_arrive = asyncio.Event()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.queries, name)
 
     async def get_finished_tasks(self, conn: Any, **values: Any) -> AsyncIterator[Any]:
-        self.repeats += bool(self.answers)
-        for row in self.answers:
-            yield row
-        async for row in self.queries.get_finished_tasks(conn, **values):
-            self.answers.append(row)
+        rows = [row async for row in self.queries.get_finished_tasks(conn, **values)]
+        if rows:
+            self.is_on_its_way = True
+            await self.may_arrive.wait()
+        for row in rows:
             yield row
 
 
@@ -173,19 +265,32 @@ async def test_an_answer_from_before_the_retry_does_not_wake_the_next_attempt(
     lab: ResetLab,
 ) -> None:
     """A worker that asked then and reads the answer now would see the old failure once more."""
-    lab.queries = Repeats(lab.queries)
+    delays = lab.queries = Delays(lab.queries)
     parents = lab.worker(order, concurrency=0)
+    waits: list[int] = []
+    wait_for_child = parents.children.wait_for
+
+    async def counting(child: Any) -> Any:
+        waits.append(child.id)
+        return await wait_for_child(child)
+
+    parents.children.wait_for = counting
     id = await lab.enqueue(order)
     async with working(parents):
-        async with working(lab.worker(durable_concurrency=0)):
-            assert (await finished(lab.pool, id))["status"] == "FAILED"
-        lab.mend()
+        await wait_for(lambda: len(waits) == 1, "it waits for the charge")
+        charge = waits[0]
+        # By hand, since nobody else is to notice that this attempt is over.
+        fail = "UPDATE tasks SET status = 'FAILED', finished_at = now(), output = %s WHERE id = %s"
+        await execute(lab.pool, fail, Jsonb({"error": "no luck"}), charge)
+        await wait_for(lambda: delays.is_on_its_way, "the answer is on its way")
+        await execute(lab.pool, fail, Jsonb({"error": "so", "child_task_id": charge}), id)
         await lab.retry(id)
-        repeats = lab.queries.repeats
-        await wait_for(lambda: lab.queries.repeats > repeats + 1, "it has the old answer again")
-        assert (await get_task(lab.pool, id))["status"] == "RUNNING"
+        await wait_for(lambda: waits == [charge, charge], "the next attempt waits for it as well")
+        delays.may_arrive.set()
+        lab.mend()
         async with working(lab.worker(durable_concurrency=0)):
-            assert (await finished(lab.pool, id))["status"] == "COMPLETED"
+            row = await finished(lab.pool, id)
+    assert (row["status"], row["attempt"]) == ("COMPLETED", 2), row["output"]
 
 
 @pytest.mark.parametrize("action", ["retry", "replay"])
@@ -193,21 +298,22 @@ async def test_a_reset_task_is_queued_as_new_but_for_its_attempt(
     lab: ResetLab, action: str
 ) -> None:
     id = (await lab.run(order, max_retries=1))["id"]
-    counts = "retry_count = 1, lost_count = 2, attempt = attempt + 10"
-    await execute(lab.pool, f"UPDATE tasks SET {counts}")
+    counts = ["retry_count", "lost_count"] if lab.lesson.number >= 10 else ["retry_count"]
+    used = "".join(f"{count} = 1, " for count in counts)
+    await execute(lab.pool, f"UPDATE tasks SET {used} attempt = attempt + 10")
     events = await lab.children(id)
     await getattr(lab, action)(id)
 
     row = await get_task(lab.pool, id)
     assert (row["status"], row["attempt"], row["max_retries"]) == ("QUEUED", 11, 1)
-    assert (row["retry_count"], row["lost_count"]) == (0, 0)
+    assert [row[count] for count in counts] == [0] * len(counts)
     for column in ("output", "finished_at", "worker_id"):
         assert row[column] is None
     if action == "retry":
         charge, email = await lab.children(id)
         assert charge == events[0]
         assert (email["status"], email["attempt"]) == ("QUEUED", 11)
-        assert (email["retry_count"], email["lost_count"]) == (0, 0)
+        assert [email[count] for count in counts] == [0] * len(counts)
     else:
         assert await lab.children(id) == []
         old = [await get_task(lab.pool, child["id"]) for child in events]
@@ -284,3 +390,113 @@ async def test_of_two_at_the_same_time_one_is_refused(
     row = await lab.finish(id, nested)
     assert (row["status"], row["attempt"]) == ("COMPLETED", 2)
     assert lab.calls["leaf"] == 2
+
+
+@pytest.mark.parametrize("action", ["retry", "replay"])
+@pytest.mark.parametrize("status", ["QUEUED", "RUNNING"])
+async def test_a_child_is_left_alone_while_its_parent_is_at_work(
+    lab: ResetLab, action: str, status: str
+) -> None:
+    """The parent may have handled the failure, and its next attempt would see another outcome."""
+
+    async def parent(context: Any, input: Any) -> Any:
+        try:
+            await context.run_task("fails", None, is_durable=True)
+        except lab.errors.ChildTaskError:
+            return "handled"
+
+    id = (await lab.run(parent, fails))["id"]
+    (child,) = await lab.children(id)
+    lab.mend()
+    await execute(lab.pool, "UPDATE tasks SET status = %s WHERE id = %s", status, id)
+    before = await lab.tasks()
+    with pytest.raises(ValueError, match=rf"task {child['id']} .* task {id}.*{status}"):
+        await getattr(lab, action)(child["id"])
+    assert await lab.tasks() == before
+
+    await execute(lab.pool, "UPDATE tasks SET status = 'COMPLETED' WHERE id = %s", id)
+    await getattr(lab, action)(child["id"])
+    assert (await lab.finish(child["id"], fails))["status"] == "COMPLETED"
+    assert (await get_task(lab.pool, id))["output"] == "handled"
+
+
+async def test_a_child_may_be_mended_before_its_parent(lab: ResetLab) -> None:
+    id = await lab.enqueue(passes_on, ["fails"])
+    assert (await lab.finish(id, passes_on, fails))["status"] == "FAILED"
+    (child,) = await lab.children(id)
+    lab.mend()
+    await lab.retry(child["id"])
+    assert (await lab.finish(child["id"], fails))["status"] == "COMPLETED"
+    await lab.retry(id)
+    assert (await lab.finish(id, passes_on))["status"] == "COMPLETED"
+    assert lab.calls["leaf"] == 2
+
+
+async def with_open_descendants(lab: ResetLab) -> tuple[int, int, int]:
+    """A durable task that has FAILED while its child and its grandchild are queued."""
+
+    async def gives_up(context: Any, input: Any) -> None:
+        calls = [context.run_task("child", None, is_durable=True), context.run_task("step", "ends")]
+        tasks = [asyncio.ensure_future(call) for call in calls]
+        await wait_for(lambda: lab.calls["child"] and lab.calls["ends"], "both have started")
+        if context.attempt == 1:
+            raise OSError("no luck")
+        await asyncio.gather(*tasks)
+
+    async def child(context: Any, input: Any) -> None:
+        lab.calls["child"] += 1
+        await context.run_task("slow", None)
+
+    async def slow(input: Any) -> None:
+        lab.calls["slow"] += 1
+
+    lab.functions = [gives_up, child]
+    lab.slow = slow
+    id = await lab.enqueue(gives_up)
+    async with working(lab.worker(*lab.functions)):  # which does not know `slow`
+        await wait_for_status(lab.pool, id, "FAILED")
+        below, _ = await lab.children(id)
+
+        async def grandchildren() -> list[dict[str, Any]]:
+            return await lab.children(below["id"])
+
+        (leaf,) = await wait_for(grandchildren, "the grandchild is there")
+    # What others do with what a worker leaves behind.
+    await execute(
+        lab.pool, "UPDATE tasks SET status = 'QUEUED', worker_id = NULL WHERE status = 'RUNNING'"
+    )
+    return id, below["id"], leaf["id"]
+
+
+@pytest.mark.parametrize("status", ["QUEUED", "COMPLETED"])
+async def test_a_replay_abandons_what_is_left_to_do_of_the_run_before(
+    lab: ResetLab, status: str
+) -> None:
+    """Two levels deep, whatever became of the one between: or its effects would come on top."""
+    id, child, leaf = await with_open_descendants(lab)
+    await execute(lab.pool, "UPDATE tasks SET status = %s WHERE id = %s", status, child)
+    await lab.replay(id)
+    abandoned = [child, leaf] if status == "QUEUED" else [leaf]
+    for row in await lab.tasks():
+        is_abandoned = row["status"] == "FAILED" and row["output"]["error"].startswith(
+            "abandoned: "
+        )
+        assert is_abandoned == (row["id"] in abandoned)
+        assert row["finished_at"] is not None or not is_abandoned
+    row = await lab.finish(id, *lab.functions, lab.slow)
+    assert (row["status"], row["attempt"]) == ("COMPLETED", 2)
+    assert lab.calls["slow"] == 1
+
+
+@pytest.mark.parametrize("runs", [1, 2], ids=["child", "grandchild"])
+async def test_a_replay_is_refused_while_something_of_the_run_before_runs(
+    lab: ResetLab, runs: int
+) -> None:
+    ids = await with_open_descendants(lab)
+    await execute(lab.pool, "UPDATE tasks SET status = 'RUNNING' WHERE id = %s", ids[runs])
+    before = await lab.tasks()
+    name = ["", "child", "slow"][runs]
+    with pytest.raises(ValueError, match=rf"task {ids[0]} .*task {ids[runs]} \({name}\).*RUNNING"):
+        await lab.replay(ids[0])
+    assert await lab.tasks() == before, "it has changed something all the same"
+    assert len(await lab.children(ids[0])) == 2

@@ -90,7 +90,8 @@ class Worker:
         deadline = asyncio.timeout(None if task.timeout is None else task.timeout.total_seconds())
         try:
             async with deadline:
-                output = await self._call(task)
+                # In an asyncio task of its own: what it does to that is not done to ours.
+                output = await asyncio.create_task(self._call(task))
             await self._complete(task, output)
         except (Exception, asyncio.CancelledError) as error:
             if run.cancelling():

@@ -30,7 +30,7 @@ class DurableContext:
         self.queries = queries
         self.children = children
         self._task = task
-        self._runner: asyncio.Task[Any] | None = None
+        self._attempt = asyncio.current_task()  # which the engine cancels if it ends the attempt
         self._last_event_id = 0
         self._ended = False
         self._non_determinism: NonDeterminismError | None = None
@@ -111,7 +111,7 @@ class DurableContext:
 
     def _check_not_ended(self) -> None:
         """An attempt that is being ended writes nothing more: its next one would not ask for it."""
-        if self._ended or (self._runner is not None and self._runner.cancelling()):
+        if self._ended or (self._attempt is not None and self._attempt.cancelling()):
             raise RuntimeError(f"attempt {self.attempt} of task {self.task_id} has ended")
 
     async def run(self, function: Callable[..., Coroutine[Any, Any, Any]]) -> Any:
@@ -120,7 +120,6 @@ class DurableContext:
         Raises what the function raises, but NonDeterminismError if there was one: a function that
         catches it does not get away with it.
         """
-        self._runner = asyncio.current_task()
         try:
             output = await function(self, self._task.input)
         except Exception:

@@ -143,10 +143,12 @@ class Worker:
         self._log(task, f"RUNNING {task.task_name}")
         run = asyncio.current_task()
         assert run is not None
+        context = DurableContext(self.pool, self.queries, self.children, task)
         deadline = asyncio.timeout(None if task.timeout is None else task.timeout.total_seconds())
         try:
             async with deadline:
-                output = await self._call(task)
+                # In an asyncio task of its own: what it does to that is not done to ours.
+                output = await asyncio.create_task(self._call(task, context))
             await self._complete(task, output)
         except (Exception, asyncio.CancelledError) as error:
             if run.cancelling():
@@ -156,14 +158,13 @@ class Worker:
             else:  # if it is a TimeoutError, then one of the function's own
                 await self._fail(task, error)
 
-    async def _call(self, task: Task) -> Any:
+    async def _call(self, task: Task, context: DurableContext) -> Any:
         """Call the task's function with the task's input."""
         if isinstance(task.input, UnreadableJson):
             raise NonRetryableError(f"cannot read the input: {task.input.reason}")
         function = self._functions[task.task_name]
         current_task.set(task)
         if task.is_durable:
-            context = DurableContext(self.pool, self.queries, self.children, task)
             return await context.run(function)
         return await function(task.input)
 
