@@ -30,9 +30,11 @@ async def call(
         await asyncio.wait({running}, timeout=seconds)
     finally:
         in_time = running.done()
-        left_behind = context.end()  # first: what is cancelled must not start further steps
-        running.cancel()
-        _, ignoring = await asyncio.wait({running, *left_behind}, timeout=grace)
+        # First the context: what is cancelled must not start further steps.
+        left = {running, *context.end()}
+        for each in left:
+            each.cancel()
+        _, ignoring = await asyncio.wait(left, timeout=grace)
         if ignoring:
             log.warning("task %d ignores its cancellation, and is left behind", context.task_id)
     if not in_time:

@@ -31,7 +31,6 @@ class DurableContext:
         self.queries = queries
         self.children = children
         self._task = task
-        self._runner: asyncio.Task[Any] | None = None
         self._last_event_id = 0
         self._appending = asyncio.Lock()
         self._callers: WeakSet[asyncio.Task[Any]] = WeakSet()  # those that have started a step
@@ -120,14 +119,13 @@ class DurableContext:
 
     def _check_not_ended(self) -> None:
         """An attempt that is being ended writes nothing more: its next one would not ask for it."""
-        if self._ended or (self._runner is not None and self._runner.cancelling()):
+        if self._ended:
             raise RuntimeError(f"attempt {self.attempt} of task {self.task_id} has ended")
 
     def end(self) -> set[asyncio.Task[Any]]:
-        """Refuse further steps; cancel the asyncio tasks that the function has left in one."""
+        """Refuse further steps; return the asyncio tasks that have started one."""
         self._ended = True
-        left_behind = set(self._callers) - {self._runner}
-        return {caller for caller in left_behind if caller.cancel()}
+        return set(self._callers)
 
     async def run(self, function: Callable[..., Coroutine[Any, Any, Any]]) -> Any:
         """Call the task's function with this context; return its output if the log agrees with it.
@@ -135,7 +133,6 @@ class DurableContext:
         Raises what the function raises, but NonDeterminismError if there was one: a function that
         catches it does not get away with it.
         """
-        self._runner = asyncio.current_task()
         try:
             output = await function(self, self._task.input)
         except BaseException:

@@ -340,16 +340,6 @@ WHERE id = ANY (:ids)
 DELETE FROM durable_events
 WHERE task_id = :task_id;
 
--- name: get_open_order(queue)^
--- The demo: an order that an earlier run has left unfinished.
-SELECT *
-FROM tasks
-WHERE queue = :queue
-  AND task_name = 'process_order'
-  AND status IN ('QUEUED', 'RUNNING')
-ORDER BY id
-LIMIT 1;
-
 -- name: create_payment(idempotency_key, amount, order_id)^
 -- Charge, unless this key has been charged already; then there is no row.
 INSERT INTO payments (idempotency_key, amount, order_id)
@@ -362,3 +352,9 @@ SELECT *
 FROM payments
 WHERE order_id = :order_id
 ORDER BY idempotency_key;
+
+-- name: cut_connections(application_name)^
+SELECT count(pg_terminate_backend(pid)) AS connections
+FROM pg_stat_activity
+WHERE application_name = :application_name
+  AND datname = current_database();
