@@ -26,13 +26,13 @@ class Housekeeping:
         queries: Queries,
         heartbeat: Heartbeat,
         log: Callable[[Task, str], None],
-        news: Callable[[Task], None],
+        changed: Callable[[Task], None],
     ) -> None:
         self.pool = pool
         self.queries = queries
         self.heartbeat = heartbeat
         self.log = log
-        self.news = news
+        self.changed = changed
 
     async def keep_house(self) -> None:
         """Look after the others every HEARTBEAT_INTERVAL. Returns never."""
@@ -72,6 +72,6 @@ class Housekeeping:
                 failed = task.status == "FAILED"
                 why = task.output["error"] if failed else "its worker is inactive"
                 self.log(task, f"{task.status}, {why}")
-                self.news(task)
+                self.changed(task)
             if len(tasks) < BATCH_SIZE:
                 return

@@ -4,11 +4,12 @@ Whatever is told is only a reason to look. A notification that gets lost costs P
 """
 
 import asyncio
-from collections.abc import Callable
 from uuid import UUID
 
+from children import Children
 from models import Task
 from shared import Pool, Queries, open_connection, surviving_outage
+from slots import Slots
 
 TELL_INTERVAL = 0.01  # seconds: what comes meanwhile is told together
 LISTEN_AGAIN = 1.0  # seconds after a lost connection
@@ -22,20 +23,20 @@ class Notifications:
         pool: Pool,
         queries: Queries,
         worker_id: UUID,
-        tasks_wait: Callable[[], None],
-        children_ended: Callable[[], None],
+        slots: list[Slots],
+        children: Children,
     ) -> None:
         self.pool = pool
         self.queries = queries
         self.worker_id = worker_id
-        self.tasks_wait = tasks_wait
-        self.children_ended = children_ended
+        self.slots = slots
+        self.children = children
         self._queues: set[str] = set()  # where tasks have become available
         self._finished: set[int] = set()  # tasks that parents on other workers may wait for
         self._news = asyncio.Event()
 
     async def keep_listening(self, queue: str) -> None:
-        """Call `tasks_wait` and `children_ended` whenever there is a reason to. Returns never."""
+        """Have tasks claimed, and children asked for, as soon as we are told. Returns never."""
         while True:
             with surviving_outage("cannot listen"):
                 # A connection of its own: `notifies` holds it, and a beat would have to wait.
@@ -43,22 +44,34 @@ class Notifications:
                     await self.queries.listen(conn)
                     topic = await self.queries.get_topic(conn, queue=queue)
                     # Only now: from here on we are told, and what was before we see.
-                    self.tasks_wait()
-                    self.children_ended()
+                    self._tasks_wait()
+                    self.children.any_may_have_ended()
                     async for notification in conn.notifies():
                         if notification.payload == topic["topic"]:
-                            self.tasks_wait()
+                            self._tasks_wait()
                         elif notification.payload == str(self.worker_id):
-                            self.children_ended()
+                            self.children.any_may_have_ended()
             await asyncio.sleep(LISTEN_AGAIN)
+
+    def _tasks_wait(self) -> None:
+        for slots in self.slots:
+            slots.news()
+
+    def changed(self, task: Task) -> None:
+        """Tell whom it concerns what somebody other than its function has done to a task."""
+        if task.status == "QUEUED":
+            self.available(task.queue)
+        else:
+            self.ended(task)
 
     def available(self, queue: str) -> None:
         """Tell everybody, soon, that there are tasks to claim."""
         self._queues.add(queue)
         self._news.set()
 
-    def finished(self, task: Task) -> None:
-        """Tell the worker of this task's parent, if it has one elsewhere, that it has ended."""
+    def ended(self, task: Task) -> None:
+        """Tell this task's parent, if it has one, here or elsewhere."""
+        self.children.may_have_ended(task.id)
         self._finished.add(task.id)
         self._news.set()
 

@@ -70,10 +70,12 @@ class Worker:
         self.slots = {False: Slots(concurrency), True: Slots(durable_concurrency)}  # by is_durable
         self.children = Children(pool, queries, self._child_is_queued)
         self.notifications = Notifications(
-            pool, queries, self.id, self._tasks_wait, self.children.any_may_have_ended
+            pool, queries, self.id, list(self.slots.values()), self.children
         )
         self.heartbeat = Heartbeat(pool, queries, self.id, self.display_name)
-        self.housekeeping = Housekeeping(pool, queries, self.heartbeat, self._log, self._news)
+        self.housekeeping = Housekeeping(
+            pool, queries, self.heartbeat, self._log, self.notifications.changed
+        )
         self._functions: dict[str, TaskFunction] = {}
         self._told_to_stop = asyncio.Event()
 
@@ -185,7 +187,7 @@ class Worker:
             )
             async for row in rows:
                 self._log(Task(**row), f"QUEUED, {why}")
-                self._news(Task(**row))
+                self.notifications.available(row["queue"])
 
     async def _claim(self, queue: str, is_durable: bool) -> list[Task]:
         """Take the most urgent queued tasks, one for each free slot: nobody else will run them."""
@@ -235,7 +237,7 @@ class Worker:
         except Exception as error:  # the output is not JSON, or nothing that jsonb takes
             await self._fail(task, error)
         else:
-            self._has_ended(task)
+            self.notifications.ended(task)
 
     async def _fail(self, task: Task, error: BaseException) -> None:
         """Record a failure: the task goes back to the queue if it has retries left."""
@@ -250,7 +252,7 @@ class Worker:
         if status == "QUEUED":
             self.slots[task.is_durable].news()
         else:
-            self._has_ended(task)
+            self.notifications.ended(task)
 
     async def _write(
         self, query: Callable[..., Awaitable[int]], task: Task, output: Any, what: str
@@ -274,28 +276,12 @@ class Worker:
             what = "is not ours any more, its outcome is dropped"
         self._log(task, what)
 
-    def _tasks_wait(self) -> None:
-        for slots in self.slots.values():
-            slots.news()
-
     def _child_is_queued(self, child: Task) -> None:
         """A task of ours waits for it: we run it, or if we cannot do so at once, others may."""
         slots = self.slots[child.is_durable]
         slots.news()
         if not slots.free or child.task_name not in self._functions:
             self.notifications.available(child.queue)
-
-    def _news(self, task: Task) -> None:
-        """Pass on that a task was taken from a worker: it is QUEUED again, or FAILED."""
-        if task.status == "QUEUED":
-            self.notifications.available(task.queue)
-        else:
-            self._has_ended(task)
-
-    def _has_ended(self, task: Task) -> None:
-        """Tell its parent, here or elsewhere, if it has one."""
-        self.children.may_have_ended(task.id)
-        self.notifications.finished(task)
 
     def _log(self, task: Task, what: str) -> None:
         log.info(
