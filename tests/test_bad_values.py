@@ -15,6 +15,7 @@ from helpers import (
     enqueue,
     execute,
     finished,
+    get_task,
     make_worker,
     statuses,
     wait_for,
@@ -22,8 +23,8 @@ from helpers import (
 )
 from shared import Pool
 
-# The worker of lessons 05 and 06 is that of 04; see test_tables.py.
-pytestmark = pytest.mark.only(2, 3, 4, 7)
+# Lesson 03 treats values as 02 does, and 05 to 09 as 04 does.
+pytestmark = pytest.mark.only(2, 4, 7, 10)
 
 CIRCULAR: list[Any] = []
 CIRCULAR.append(CIRCULAR)
@@ -126,7 +127,6 @@ async def test_an_output_that_is_not_json_or_not_jsonb_fails_the_task(
     assert errors.keys() == BAD_OUTPUTS.keys()
     assert all(errors.values())
     assert "set is not JSON" in errors["set"]
-    assert "set is not JSON" in errors["set"]
 
 
 @pytest.mark.since(2)
@@ -209,7 +209,8 @@ ODD_VALUES = [
 ]
 
 
-@pytest.mark.since(4)
+@pytest.mark.since(10)
+@pytest.mark.flaw(9, reason="a time or an interval that Python cannot hold ends the workers")
 async def test_odd_values_are_refused_by_the_table_or_do_no_harm_to_others(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:
@@ -224,13 +225,14 @@ async def test_odd_values_are_refused_by_the_table_or_do_no_harm_to_others(
                 QUEUE,
             )
     async with working(make_worker(lesson, pool, queries, echo, **QUICK)) as start:
-        good = await finished(pool, await enqueue(pool, "echo"))
-        assert not start.done()
+        good_id = await enqueue(pool, "echo")
 
         async def all_finished() -> bool:
+            assert not start.done()
             return (await statuses(pool)).keys() <= {"COMPLETED", "FAILED"}
 
         await wait_for(all_finished, "all tasks have finished")
+        good = await get_task(pool, good_id)
     assert good["status"] == "COMPLETED"
 
 
@@ -279,6 +281,43 @@ async def misbehave(input: Any) -> Any:
 
 
 @pytest.mark.since(4)
+@pytest.mark.flaw(3, reason="a task whose function raises CancelledError stays RUNNING for ever")
+async def test_a_function_that_raises_a_cancelled_error_of_its_own_fails_like_any_other(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    retries = {"max_retries": 1} if lesson.number >= 4 else {}
+    id = await enqueue(pool, "misbehave", "CancelledError", **retries)
+    async with working(make_worker(lesson, pool, queries, misbehave, echo)) as start:
+        seconds = DEADLINE if lesson.number >= 4 else 2
+        await wait_for(lambda: has_failed(pool, id), "the task has failed", seconds)
+        good = await finished(pool, await enqueue(pool, "echo"))
+        assert not start.done()
+    row = await get_task(pool, id)
+    assert "CancelledError: by hand" in row["output"]["error"]
+    assert (row["attempt"], row["retry_count"]) == (2, 1)
+    assert good["status"] == "COMPLETED"
+
+
+async def has_failed(pool: Pool, id: int) -> bool:
+    return bool((await get_task(pool, id))["status"] == "FAILED")
+
+
+@pytest.mark.since(10)
+@pytest.mark.flaw(9, reason="a function that raises what is no Exception ends its worker")
+async def test_a_function_that_raises_what_is_no_exception_does_not_stop_the_worker(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    id = await enqueue(pool, "misbehave", "bare")
+    async with working(make_worker(lesson, pool, queries, misbehave)) as start:
+
+        async def failed() -> bool:
+            assert not start.done()
+            return await has_failed(pool, id)
+
+        await wait_for(failed, "the task has failed")
+
+
+@pytest.mark.since(10)
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 async def test_nothing_a_function_does_stops_the_worker(
     lesson: Any, pool: Pool, queries: Any
@@ -289,8 +328,6 @@ async def test_nothing_a_function_does_stops_the_worker(
     errors = await errors_of(lesson, pool, queries, misbehave, [*inputs, either])
     assert errors.keys() - {either} == inputs
     assert all(errors.values())
-    for input in ("cancels itself", either):
-        assert "CancelledError" in errors.get(input, "CancelledError")
     for input in ("cancels itself", either):
         assert "CancelledError" in errors.get(input, "CancelledError")
 

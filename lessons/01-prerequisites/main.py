@@ -71,7 +71,7 @@ async def breaks(pool: Pool, queries: Queries) -> None:
 
     process = start_process(sender)
     try:
-        await wait_until(two_are_done, "two jobs are done", seconds=15)
+        await wait_until(two_are_done, "two jobs are done", seconds=30)
     finally:
         process.kill()
         process.wait()

@@ -60,7 +60,7 @@ async def finished_tasks(pool: Pool, queries: Queries) -> list[Task]:
     async def all_finished() -> bool:
         return all(task.finished_at for task in await read_tasks(pool, queries))
 
-    await wait_until(all_finished, "all tasks have finished", seconds=15)
+    await wait_until(all_finished, "all tasks have finished", seconds=30)
     return await read_tasks(pool, queries)
 
 

@@ -72,7 +72,7 @@ async def finished_tasks(pool: Pool, queries: Queries) -> list[Task]:
     async def all_finished() -> bool:
         return all(task.finished_at for task in await read_tasks(pool, queries))
 
-    await wait_until(all_finished, "all tasks have finished", seconds=15)
+    await wait_until(all_finished, "all tasks have finished", seconds=30)
     return await read_tasks(pool, queries)
 
 
@@ -118,7 +118,7 @@ async def breaks(pool: Pool, queries: Queries) -> None:
 
     process = start_process(QUEUE)
     try:
-        await wait_until(all_are_running, "the other process runs all reports", seconds=15)
+        await wait_until(all_are_running, "the other process runs all reports", seconds=30)
     finally:
         process.kill()
         process.wait()
@@ -130,7 +130,7 @@ async def breaks(pool: Pool, queries: Queries) -> None:
         return (await read_tasks(pool, queries))[-1].status == "COMPLETED"
 
     async with working(make_worker(pool, queries)):
-        await wait_until(the_last_is_written, "a second worker has written a report", seconds=15)
+        await wait_until(the_last_is_written, "a second worker has written a report", seconds=30)
     tasks = await read_tasks(pool, queries)
     show("6 seconds later, with a worker that has 99 free slots:", tasks, "id input status output")
 

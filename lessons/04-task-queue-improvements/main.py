@@ -1,13 +1,21 @@
-"""Lesson 04: retries, timeouts, priorities, and a worker that is killed."""
+"""Lesson 04: retries, timeouts, priorities, and a worker that is killed.
 
+python main.py            all of them
+python main.py --breaks   an order whose three steps are one function is killed in the third
+"""
+
+import argparse
 import asyncio
 import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from psycopg.types.json import Jsonb
 
@@ -47,22 +55,35 @@ async def ranked(input: Any) -> Any:
     order_of_start.append(input)
 
 
-async def report(input: Any) -> Any:
-    await asyncio.sleep(1)
-    return f"by process {os.getpid()}"
+class Shop:
+    """What takes its time, and what uses the database: with a pool of its own, not the engine's."""
 
+    def __init__(self, pool: Pool, queries: Queries, seconds: float) -> None:
+        self.pool = pool
+        self.queries = queries
+        self.seconds = seconds
 
-def make_worker(pool: Pool, queries: Queries) -> Worker:
-    worker = Worker(pool, queries)
-    for function in (flaky, hopeless, malformed, slow, ranked, report):
-        worker.register(function.__name__, function)
-    return worker
+    async def write_report(self, input: Any) -> Any:
+        await asyncio.sleep(self.seconds)
+        return f"written by process {os.getpid()}"
 
+    async def process_order(self, input: Any) -> Any:
+        await self.charge_payment(input)
+        await self.reserve_stock(input)
+        await self.send_confirmation_email(input)
+        return "done"
 
-def start_process(queue: str) -> subprocess.Popen[bytes]:
-    """Start this program again, as a worker and nothing else."""
-    environment = os.environ | {"DATABASE_URL": database_url()}
-    return subprocess.Popen([sys.executable, __file__, queue], env=environment)
+    async def charge_payment(self, order: Any) -> None:
+        print(f"process {os.getpid()}: charging {order['amount']}", flush=True)
+        async with self.pool.connection() as conn:
+            await self.queries.create_payment(conn, **order)
+
+    async def reserve_stock(self, order: Any) -> None:
+        print(f"process {os.getpid()}: reserving the goods", flush=True)
+
+    async def send_confirmation_email(self, order: Any) -> None:
+        print(f"process {os.getpid()}: sending an email", flush=True)
+        await asyncio.sleep(self.seconds)
 
 
 async def enqueue(
@@ -75,62 +96,114 @@ async def enqueue(
         )
 
 
-async def show_everything(pool: Pool, queries: Queries, worker: Worker) -> None:
-    async def tasks() -> list[Task]:
-        async with pool.connection() as conn:
-            return [Task(**row) async for row in queries.get_tasks(conn, queue=QUEUE)]
+async def read_tasks(pool: Pool, queries: Queries) -> list[Task]:
+    async with pool.connection() as conn:
+        return [Task(**row) async for row in queries.get_tasks(conn, queue=QUEUE)]
+
+
+async def finished_tasks(pool: Pool, queries: Queries) -> list[Task]:
+    """Wait until every task of this run has finished; return them."""
 
     async def all_finished() -> bool:
-        return all(task.finished_at for task in await tasks())
+        return all(task.finished_at for task in await read_tasks(pool, queries))
 
-    await wait_until(all_finished, "all tasks have finished", seconds=15)
-    show(
-        "the tasks, as Postgres has them:",
-        await tasks(),
-        "id task_name status attempt retry_count lost_count output",
-    )
-    print(f"started in the order of their priorities: {', '.join(order_of_start)}")
-    worker.stop()
+    await wait_until(all_finished, "all tasks have finished", seconds=30)
+    return await read_tasks(pool, queries)
 
 
-async def kill_a_worker(pool: Pool, queries: Queries) -> None:
-    """Let another process claim a task, and kill it."""
-    await enqueue(pool, queries, "report")
+@asynccontextmanager
+async def working(worker: Worker) -> AsyncIterator[None]:
+    """Let a worker work for as long as this block takes."""
+    async with asyncio.TaskGroup() as group:
+        start = group.create_task(worker.start(QUEUE))
+        yield
+        start.cancel()
 
-    async def is_running() -> bool:
-        async with pool.connection() as conn:
-            rows = [row async for row in queries.get_tasks(conn, queue=QUEUE)]
-        return Task(**rows[0]).status == "RUNNING"
 
+def make_worker(pool: Pool, queries: Queries, shop: Shop) -> Worker:
+    worker = Worker(pool, queries)
+    functions = (flaky, hopeless, malformed, slow, ranked, shop.write_report, shop.process_order)
+    for function in functions:
+        worker.register(function.__name__, function)
+    return worker
+
+
+def start_process(queue: str) -> subprocess.Popen[bytes]:
+    """Start this program again, as a worker and nothing else."""
+    environment = os.environ | {"DATABASE_URL": database_url()}
+    return subprocess.Popen([sys.executable, __file__, "--worker", queue], env=environment)
+
+
+async def kill_a_worker(condition: Callable[[], Awaitable[bool]], what: str) -> None:
+    """Let another process claim what is queued, and kill it in the middle of that."""
     process = start_process(QUEUE)
     try:
-        await wait_until(is_running, "the other process has claimed the report", seconds=10)
+        await wait_until(condition, what, seconds=30)
     finally:
         process.kill()
         process.wait()
-    print(f"killed process {process.pid}, which was running the report", flush=True)
+    print(f"killed process {process.pid} as soon as {what}", flush=True)
 
 
-async def main() -> None:
+async def everything(pool: Pool, queries: Queries, shop: Shop) -> None:
+    await enqueue(pool, queries, "write_report")
+
+    async def is_running() -> bool:
+        (report,) = await read_tasks(pool, queries)
+        return report.status == "RUNNING"
+
+    await kill_a_worker(is_running, "it was writing the report")
+    await enqueue(pool, queries, "flaky", max_retries=3)
+    await enqueue(pool, queries, "hopeless", max_retries=2)
+    await enqueue(pool, queries, "malformed", "nobody", max_retries=5)
+    await enqueue(pool, queries, "slow", timeout=timedelta(milliseconds=300))
+    await enqueue(pool, queries, "slow", schedule_timeout=timedelta(0))
+    for priority, name in [(1, "low"), (3, "high"), (2, "middle")]:
+        await enqueue(pool, queries, "ranked", name, priority=priority)
+    async with working(make_worker(pool, queries, shop)):
+        tasks = await finished_tasks(pool, queries)
+    show("the tasks:", tasks, "id task_name priority status attempt retry_count output")
+    print(f"started in the order of their priorities: {', '.join(order_of_start)}")
+
+
+async def breaks(pool: Pool, queries: Queries, shop: Shop) -> None:
+    order = {"order_id": f"order-{uuid4().hex[:8]}", "amount": 42}
+    await enqueue(pool, queries, "process_order", order)
+
+    async def payments() -> list[Any]:
+        async with pool.connection() as conn:
+            rows = queries.get_payments(conn, order_id=order["order_id"])
+            return [row async for row in rows]
+
+    async def is_in_the_third_step() -> bool:
+        if not await payments():
+            return False
+        await asyncio.sleep(0.5)  # the second step takes less
+        return True
+
+    await kill_a_worker(is_in_the_third_step, "it was sending the email")
+    async with working(make_worker(pool, queries, shop)):
+        tasks = await finished_tasks(pool, queries)
+    show("the task:", tasks, "id task_name status attempt retry_count output")
+    show("the payments:", await payments())
+    print("Charged twice. The next attempt cannot know how far the one before has come.")
+
+
+async def main(flags: argparse.Namespace) -> None:
     queries = load_queries(LESSON)
-    async with open_pool(LESSON) as pool:
-        worker = make_worker(pool, queries)
-        if len(sys.argv) > 1:
-            await worker.start(sys.argv[1])
-            return
-        await kill_a_worker(pool, queries)
-        await enqueue(pool, queries, "flaky", max_retries=3)
-        await enqueue(pool, queries, "hopeless", max_retries=2)
-        await enqueue(pool, queries, "malformed", "nobody", max_retries=5)
-        await enqueue(pool, queries, "slow", timeout=timedelta(milliseconds=300))
-        await enqueue(pool, queries, "slow", schedule_timeout=timedelta(0))
-        for priority, name in [(1, "low"), (3, "high"), (2, "middle")]:
-            await enqueue(pool, queries, "ranked", name, priority=priority)
-        async with asyncio.TaskGroup() as group:
-            demo = group.create_task(show_everything(pool, queries, worker))
-            await worker.start(QUEUE)
-            demo.cancel()
+    async with open_pool(LESSON) as pool, open_pool(LESSON) as shop_pool:
+        # The other process is slow, so that it cannot be done before it is killed.
+        shop = Shop(shop_pool, queries, seconds=60 if flags.worker else 1)
+        if flags.worker:
+            await make_worker(pool, queries, shop).start(flags.worker)
+        elif flags.breaks:
+            await breaks(pool, queries, shop)
+        else:
+            await everything(pool, queries, shop)
 
 
 if __name__ == "__main__":
-    run(main())
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--breaks", action="store_true", help="kill a worker in mid-order")
+    parser.add_argument("--worker", metavar="QUEUE", help="be a worker and nothing else")
+    run(main(parser.parse_args()))

@@ -1,93 +1,186 @@
-"""Lesson 05: two attempts write one log. The second finds the events of the first."""
+"""Lesson 05: two attempts write one log. The second finds the events of the first.
 
+python main.py            the first worker falls silent, and a second one goes on where it was
+python main.py --breaks   the same, but the second one has a function that has changed
+"""
+
+import argparse
+import asyncio
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 from psycopg.types.json import Jsonb
 
 from errors import TaskNotOwnedError
 from event_log import EventLog
+from heartbeat import Heartbeat
 from models import DurableEvent, Task
-from shared import Pool, Queries, load_queries, open_pool, run
-from shared.demo import show
+from shared import Pool, Queries, load_queries, open_connection, open_pool, run
+from shared.demo import show, wait_until
 
 LESSON = Path(__file__).parent
 QUEUE = f"demo-{os.getpid()}"  # its own for each run, so that two at once do not mix
 
 
-async def enqueue(pool: Pool, queries: Queries) -> None:
-    async with pool.connection() as conn:
-        await queries.create_task(
-            conn,
-            queue=QUEUE,
-            task_name="process_order",
-            input=Jsonb({"order": "A-1"}),
-            max_retries=0,
-            timeout=None,
-            schedule_timeout=None,
-            priority=1,
-            is_durable=True,
-        )
+class Demo:
+    """A queue with one order, and what a worker that knows the event log does: ours does not yet.
 
+    `shop` is a pool for what the steps do, which is none of the engine's business.
+    """
 
-async def claim(pool: Pool, queries: Queries, worker_id: UUID) -> Task:
-    """Claim the task as a worker would: the worker itself does not know the log yet."""
-    async with pool.connection() as conn:
-        rows = queries.poll_tasks(conn, queue=QUEUE, limit=1, worker_id=worker_id)
-        [task] = [Task(**row) async for row in rows]
-    print(f"\nattempt {task.attempt} begins", flush=True)
-    return task
+    def __init__(self, pool: Pool, shop: Pool, queries: Queries, queue: str) -> None:
+        self.pool = pool
+        self.shop = shop
+        self.queries = queries
+        self.queue = queue
+        self.log = EventLog(queries)
 
-
-async def append(pool: Pool, log: EventLog, task: Task, event_id: int) -> None:
-    async with pool.connection() as conn, conn.transaction():
-        _, already_recorded = await log.append(conn, task, event_id, "TASK_STARTED")
-    found = "found, an earlier attempt has appended it" if already_recorded else "appended"
-    print(f"attempt {task.attempt}, event {event_id}: {found}", flush=True)
-
-
-async def main() -> None:
-    queries = load_queries(LESSON)
-    async with open_pool(LESSON) as pool:
-        log = EventLog(queries)
-        await enqueue(pool, queries)
-
-        first_worker = uuid4()
-        first = await claim(pool, queries, first_worker)
-        await append(pool, log, first, 1)
-        await append(pool, log, first, 2)
-
-        # The first worker stalls, and its task is given to another.
-        async with pool.connection() as conn:
-            rows = queries.requeue_own_tasks(conn, worker_id=first_worker, ids=[], attempts=[])
-            assert [row["id"] async for row in rows] == [first.id]
-
-        second = await claim(pool, queries, uuid4())
-        for event_id in (1, 2, 3):
-            await append(pool, log, second, event_id)
-
-        print("\nthe first worker is back, and does not know what has happened", flush=True)
-        try:
-            await append(pool, log, first, 3)
-        except TaskNotOwnedError as error:
-            print(f"refused: {error}")
-
-        async with pool.connection() as conn:
-            await queries.complete_task(
+    async def enqueue(self, task_name: str, input: Any) -> None:
+        async with self.pool.connection() as conn:
+            await self.queries.create_task(
                 conn,
-                id=second.id,
-                worker_id=second.worker_id,
-                attempt=second.attempt,
+                queue=self.queue,
+                task_name=task_name,
+                input=Jsonb(input),
+                max_retries=0,
+                timeout=None,
+                schedule_timeout=None,
+                priority=1,
+            )
+
+    async def claim(self, worker_id: UUID) -> Task:
+        """Claim the order as a worker does, after a beat."""
+        async with self.pool.connection() as conn:
+            name = f"demo:{os.getpid()}"
+            await self.queries.heartbeat(conn, id=worker_id, display_name=name)
+            rows = self.queries.poll_tasks(
+                conn, queue=self.queue, task_names=["process_order"], limit=1, worker_id=worker_id
+            )
+            (task,) = [Task(**row) async for row in rows]
+        print(f"attempt {task.attempt} begins", flush=True)
+        return task
+
+    async def take_over(self, worker_id: UUID) -> Task:
+        """Claim the order as soon as it has been taken from a worker that is silent."""
+
+        async def is_queued() -> bool:
+            return (await self.read_tasks())[0].status == "QUEUED"
+
+        print("its worker is silent from now on, which is noticed after 5 s", flush=True)
+        await wait_until(is_queued, "the order is in the queue again", seconds=30)
+        return await self.claim(worker_id)
+
+    async def has_begun(self, task: Task, event_id: int, name: str) -> bool:
+        """Whether an earlier attempt has begun a step, as the log says; if not, it says so now."""
+        async with self.pool.connection() as conn, conn.transaction():
+            _, already_recorded = await self.log.append(conn, task, event_id, "TASK_STARTED")
+        what = f"found: {name} has begun" if already_recorded else f"appended: {name} begins"
+        print(f"attempt {task.attempt}, event {event_id} is {what}", flush=True)
+        return already_recorded
+
+    async def step(self, task: Task, event_id: int, name: str) -> None:
+        """Take a step, unless an earlier attempt has begun it. Only a charge leaves a trace."""
+        if not await self.has_begun(task, event_id, name) and name == "charge_payment":
+            async with self.shop.connection() as conn:
+                await self.queries.create_payment(conn, **task.input)
+
+    async def complete(self, task: Task) -> None:
+        async with self.pool.connection() as conn:
+            await self.queries.complete_task(
+                conn,
+                id=task.id,
+                worker_id=task.worker_id,
+                attempt=task.attempt,
                 output=Jsonb("done"),
             )
-            events = [
-                DurableEvent(**row) async for row in queries.get_events(conn, task_id=first.id)
-            ]
-            task = Task(**await queries.get_task(conn, id=first.id))
-        show("the log:", events)
-        show("the task:", [task], "id task_name status attempt output")
+
+    async def read_tasks(self) -> list[Task]:
+        async with self.pool.connection() as conn:
+            return [Task(**row) async for row in self.queries.get_tasks(conn, queue=self.queue)]
+
+    async def read_events(self) -> list[DurableEvent]:
+        order = (await self.read_tasks())[0]
+        async with self.pool.connection() as conn:
+            rows = self.queries.get_events(conn, task_id=order.id)
+            return [DurableEvent(**row) async for row in rows]
+
+    async def show(self) -> None:
+        tasks = await self.read_tasks()
+        order_id = tasks[0].input["order_id"]
+        async with self.pool.connection() as conn:
+            payments = [row async for row in self.queries.get_payments(conn, order_id=order_id)]
+        show("the tasks:", tasks, "id task_name status attempt output")
+        show("the event log of the order:", await self.read_events())
+        show("the charges made:", payments, "order_id amount inserted_at")
+
+
+async def process_order(demo: Demo, task: Task) -> None:
+    await demo.step(task, 1, "charge_payment")
+    await demo.step(task, 2, "reserve_stock")
+    await demo.step(task, 3, "send_confirmation_email")
+
+
+async def process_order_changed(demo: Demo, task: Task) -> None:
+    """process_order after a release: the goods are reserved first. (The charge was event 1.)"""
+    await demo.step(task, 1, "reserve_stock")
+    await demo.step(task, 2, "charge_payment")
+    await demo.step(task, 3, "send_confirmation_email")
+
+
+@asynccontextmanager
+async def beating(demo: Demo) -> AsyncIterator[UUID]:
+    """Be alive for as long as this block takes, and take the tasks of workers that are not."""
+    async with await open_connection(demo.pool) as conn, asyncio.TaskGroup() as group:
+        worker = Heartbeat(conn, demo.queries, uuid4(), f"demo:{os.getpid()}", log)
+        keep_beating = group.create_task(worker.keep_beating())
+        yield worker.worker_id
+        keep_beating.cancel()
+
+
+def log(task: Task, what: str) -> None:
+    print(f"task {task.id}: {what}", flush=True)
+
+
+async def two_attempts(demo: Demo) -> None:
+    first = await demo.claim(uuid4())
+    await demo.step(first, 1, "charge_payment")
+    await demo.step(first, 2, "reserve_stock")
+    async with beating(demo) as second_worker:
+        second = await demo.take_over(second_worker)
+        await process_order(demo, second)
+        print("the first worker is back, and does not know what has happened", flush=True)
+        try:
+            await demo.step(first, 3, "send_confirmation_email")
+        except TaskNotOwnedError as error:
+            print(f"refused: {error}", flush=True)
+        await demo.complete(second)
+    await demo.show()
+
+
+async def breaks(demo: Demo) -> None:
+    first = await demo.claim(uuid4())
+    await demo.step(first, 1, "charge_payment")
+    async with beating(demo) as second_worker:
+        second = await demo.take_over(second_worker)
+        await process_order_changed(demo, second)
+        await demo.complete(second)
+    await demo.show()
+    print("Charged twice, and nothing reserved: the log does not say what event 1 was about.")
+
+
+async def main(flags: argparse.Namespace) -> None:
+    queries = load_queries(LESSON)
+    async with open_pool(LESSON) as pool, open_pool(LESSON) as shop:
+        demo = Demo(pool, shop, queries, QUEUE)
+        await demo.enqueue("process_order", {"order_id": f"order-{uuid4().hex[:8]}", "amount": 42})
+        await (breaks(demo) if flags.breaks else two_attempts(demo))
 
 
 if __name__ == "__main__":
-    run(main())
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--breaks", action="store_true", help="change the function in between")
+    run(main(parser.parse_args()))

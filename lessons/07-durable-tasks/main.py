@@ -145,6 +145,7 @@ class Demo:
 
     async def follow(self) -> None:
         """Print each change of the tasks' rows, with its second, until all have finished."""
+        logging.getLogger("worker").setLevel(logging.WARNING)  # its lines would say the same
         start = time.monotonic()
         seen: dict[int, str] = {}
 
@@ -171,6 +172,11 @@ class Demo:
 
 def all_finished(tasks: list[Task]) -> bool:
     return all(task.finished_at for task in tasks)
+
+
+def claimed(number: int) -> Callable[[list[Task]], bool]:
+    """The condition that so many tasks have been claimed."""
+    return lambda tasks: sum(task.attempt > 0 for task in tasks) >= number
 
 
 @contextmanager
@@ -262,10 +268,7 @@ async def breaks(demo: Demo) -> None:
     for number in range(200):
         await demo.enqueue("pack_parcel", {"parcel": number, "seconds": 2})
     with worker_process(demo.queue) as first:
-        await demo.wait_until(
-            lambda tasks: sum(task.status == "RUNNING" for task in tasks) == 100,
-            "100 tasks are running",
-        )
+        await demo.wait_until(claimed(100), "100 tasks are claimed")
         print(f"worker process {first.pid} is packing 100 of 200 parcels", flush=True)
         async with demo.pool.connection() as conn:
             cut = await demo.queries.cut_connections(conn, application_name=demo.queue)

@@ -153,7 +153,7 @@ WITH lost AS (
           SELECT id
           FROM workers
           WHERE last_heartbeat_at BETWEEN :our_beat - make_interval(secs => :inactive_after)
-              AND now() + make_interval(secs => :inactive_after)
+              AND greatest(now(), :our_beat) + make_interval(secs => :inactive_after)
       ))) IS NOT TRUE
     ORDER BY id
     LIMIT :limit
@@ -171,7 +171,7 @@ WITH inactive AS (
     SELECT id
     FROM workers
     WHERE last_heartbeat_at NOT BETWEEN :our_beat - make_interval(secs => :inactive_after)
-        AND now() + make_interval(secs => :inactive_after)
+        AND greatest(now(), :our_beat) + make_interval(secs => :inactive_after)
     FOR UPDATE SKIP LOCKED
 )
 DELETE FROM workers

@@ -153,7 +153,7 @@ WITH lost AS (
           SELECT id
           FROM workers
           WHERE last_heartbeat_at BETWEEN :our_beat - make_interval(secs => :inactive_after)
-              AND now() + make_interval(secs => :inactive_after)
+              AND greatest(now(), :our_beat) + make_interval(secs => :inactive_after)
       ))) IS NOT TRUE
     ORDER BY id
     LIMIT :limit
@@ -171,7 +171,7 @@ WITH inactive AS (
     SELECT id
     FROM workers
     WHERE last_heartbeat_at NOT BETWEEN :our_beat - make_interval(secs => :inactive_after)
-        AND now() + make_interval(secs => :inactive_after)
+        AND greatest(now(), :our_beat) + make_interval(secs => :inactive_after)
     FOR UPDATE SKIP LOCKED
 )
 DELETE FROM workers
@@ -317,3 +317,8 @@ SELECT count(pg_terminate_backend(pid)) AS connections
 FROM pg_stat_activity
 WHERE application_name = :application_name
   AND datname = current_database();
+
+-- name: delete_tasks(queue)!
+-- The demo: the rows of a queue that nobody will work on any more.
+DELETE FROM tasks
+WHERE queue = :queue;
