@@ -35,7 +35,7 @@ class Slots:
         self._wake.set()
 
     async def wait(self, seconds: float) -> None:
-        """Sleep for that long, or until there is news, or a slot is free while more are waiting."""
+        """Sleep for that long, or until there is a reason to claim at once."""
         if self.more_waiting and self.free:
             return
         self._wake.clear()
