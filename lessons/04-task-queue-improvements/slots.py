@@ -13,7 +13,7 @@ class Slots:
         self.limit = limit
         self.running: dict[asyncio.Task[None], Task] = {}
         self.more_waiting = False  # did the last claim fill every slot that it found free?
-        self._wake = asyncio.Event()  # set when a slot comes free and more tasks are waiting
+        self._wake = asyncio.Event()  # set when there is a reason to claim at once
 
     @property
     def free(self) -> int:
@@ -30,7 +30,7 @@ class Slots:
             self._wake.set()
 
     async def wait(self, seconds: float) -> None:
-        """Sleep for that long, or until a slot is free while more tasks are known to wait."""
+        """Sleep for that long, or until there is a reason to claim at once."""
         if self.more_waiting and self.free:
             return
         self._wake.clear()
