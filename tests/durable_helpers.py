@@ -55,11 +55,11 @@ class Lab:
         return await execute(self.pool, "SELECT * FROM tasks ORDER BY id")
 
     async def children(self, id: int) -> list[dict[str, Any]]:
-        """The children of a durable task in the order of its log, with their event ids."""
+        """The children of a durable task in the order of its log, with event ids and keys."""
         return await execute(
             self.pool,
             """
-            SELECT event_id, tasks.*
+            SELECT event_id, key, tasks.*
             FROM durable_events
             JOIN tasks ON tasks.id = child_task_id
             WHERE task_id = %s
