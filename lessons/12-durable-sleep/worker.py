@@ -101,27 +101,33 @@ class Worker:
         """
         start = asyncio.current_task()
         assert start is not None
-        plain, durable = self.slots[False].running, self.slots[True].running
         with stop_signals(self.stop, start.cancel):
-            async with asyncio.TaskGroup() as group:
-                beating = group.create_task(self.heartbeat.keep_beating())
-                housekeeping = group.create_task(self.housekeeping.keep_house())
-                asking = group.create_task(self.children.keep_asking(POLL_INTERVAL))
-                listening = group.create_task(self.notifications.keep_listening(queue))
-                telling = group.create_task(self.notifications.keep_telling())
-                polls = [group.create_task(self._poll(queue, kind, group)) for kind in self.slots]
-                try:
-                    await self._told_to_stop.wait()
-                    await self._end(polls)
-                    await self._end(durable)
-                    await self._in_time(self._put_back_all)  # others go on with these at once
-                    if plain:
-                        await asyncio.wait(plain, timeout=SHUTDOWN_GRACE)
-                finally:
-                    await self._end([*polls, *durable, *plain])
-                    # Only now: a worker without a heartbeat loses what it still runs.
-                    await self._end([beating, housekeeping, asking, listening, telling])
-                    await self._in_time(self._leave)
+            try:
+                await self._work(queue)
+            finally:
+                await self._in_time(self._leave)
+
+    async def _work(self, queue: str) -> None:
+        """All that a worker does, at once, until it has to end; and then in this order."""
+        plain, durable = self.slots[False].running, self.slots[True].running
+        async with asyncio.TaskGroup() as group:
+            beating = group.create_task(self.heartbeat.keep_beating())
+            housekeeping = group.create_task(self.housekeeping.keep_house())
+            asking = group.create_task(self.children.keep_asking(POLL_INTERVAL))
+            listening = group.create_task(self.notifications.keep_listening(queue))
+            telling = group.create_task(self.notifications.keep_telling())
+            polls = [group.create_task(self._poll(queue, kind, group)) for kind in self.slots]
+            try:
+                await self._told_to_stop.wait()
+                await self._end(polls)
+                await self._end(durable)
+                await self._in_time(self._put_back_all)  # others go on with these at once
+                if plain:
+                    await asyncio.wait(plain, timeout=SHUTDOWN_GRACE)
+            finally:
+                await self._end([*polls, *durable, *plain])
+                # Only now: a worker without a heartbeat loses what it still runs.
+                await self._end([beating, housekeeping, asking, listening, telling])
 
     def stop(self) -> None:
         """Claim no more tasks; `start` returns when the running ones have ended."""
