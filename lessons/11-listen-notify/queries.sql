@@ -241,7 +241,7 @@ FROM (
     JOIN tasks AS parent ON parent.id = event.task_id
     WHERE event.child_task_id = ANY (CAST(:ids AS BIGINT[]))
       AND parent.status = 'RUNNING'
-      AND parent.worker_id <> :worker_id
+      AND parent.worker_id IS DISTINCT FROM :worker_id
 ) AS topics;
 
 -- name: lock_task(id, worker_id, attempt)^

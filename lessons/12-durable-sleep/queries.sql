@@ -250,7 +250,7 @@ FROM (
     JOIN tasks AS parent ON parent.id = event.task_id
     WHERE event.child_task_id = ANY (CAST(:ids AS BIGINT[]))
       AND parent.status = 'RUNNING'
-      AND parent.worker_id <> :worker_id
+      AND parent.worker_id IS DISTINCT FROM :worker_id
 ) AS topics;
 
 -- name: wake_tasks(limit)

@@ -91,11 +91,7 @@ class DurableContext:
         for more than 365,000 days, and what run_task raises.
         """
         self._check_not_ended()
-        if not isinstance(delay, timedelta):
-            raise TypeError(f"sleep takes a timedelta, not {delay!r}")
-        if delay > MAX_SLEEP:
-            raise ValueError(f"sleep takes at most {MAX_SLEEP.days:,} days, not {delay}")
-        seconds = max(0.0, delay.total_seconds())
+        seconds = seconds_of(delay)
         create = partial(
             self.queries.create_sleep,
             queue=self._task.queue,
@@ -245,3 +241,12 @@ class DurableContext:
                 f"task {self.task_id}, event {self._last_event_id + 1}: recorded are events up to "
                 f"{recorded}, asked for is nothing: the function returned"
             )
+
+
+def seconds_of(delay: timedelta) -> float:
+    """How long that is. Raises TypeError for no timedelta, ValueError for over 365,000 days."""
+    if not isinstance(delay, timedelta):
+        raise TypeError(f"a timedelta is needed, not {delay!r}")
+    if delay > MAX_SLEEP:
+        raise ValueError(f"the longest sleep is {MAX_SLEEP.days:,} days, not {delay}")
+    return max(0.0, delay.total_seconds())

@@ -250,7 +250,7 @@ FROM (
     JOIN tasks AS parent ON parent.id = event.task_id
     WHERE event.child_task_id = ANY (CAST(:ids AS BIGINT[]))
       AND parent.status = 'RUNNING'
-      AND parent.worker_id <> :worker_id
+      AND parent.worker_id IS DISTINCT FROM :worker_id
     UNION
     SELECT md5(current_schema() || ' ' || parent.queue)
     FROM durable_events AS event
