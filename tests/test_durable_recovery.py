@@ -24,6 +24,7 @@ from helpers import (
     enqueue,
     execute,
     finished,
+    set_globals,
     statuses,
     wait_for,
     wait_for_status,
@@ -33,13 +34,14 @@ from helpers import (
 from shared import Pool, open_connection
 from shared.database import CancellablePool
 
-pytestmark = pytest.mark.since(7)
+# Between them only outages and stopping are added.
+pytestmark = [pytest.mark.since(7), pytest.mark.only(7, 10)]
 SCRIPT = Path(__file__).parent / "durable_process.py"
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal")
 
 
 @pytest.fixture
-def lab(lesson: Any, pool: Pool, queries: Any, monkeypatch: pytest.MonkeyPatch) -> Lab:
+def lab(lesson: Any, pool: Pool, queries: Any) -> Lab:
     return Lab(lesson, pool, queries)
 
 
@@ -99,7 +101,7 @@ async def test_an_order_survives_the_death_of_its_worker(
     order.gate.touch()
     async with worker_process(lab.lesson, script=SCRIPT, concurrency=1):
         row = await finished(lab.pool, id)
-    assert (row["attempt"], row["lost_count"]) == (2, 1)
+    assert (row["attempt"], row.get("lost_count", 1)) == (2, 1)
     await assert_done_once(lab, id, order)
 
 
@@ -117,12 +119,15 @@ async def test_a_zombie_changes_nothing(lab: Lab, tmp_path: Path) -> None:
             rows = await lab.tasks(), await lab.children(id)
             zombie.send_signal(signal.SIGCONT)
             await wait_for(lambda: order.noted("order-ends", zombie.pid), "the zombie has ended it")
-        zombie.send_signal(signal.SIGTERM)
-        assert await ended(zombie) == 0
+        if lab.lesson.number >= 9:
+            zombie.send_signal(signal.SIGTERM)
+            assert await ended(zombie) == 0
     assert (await lab.tasks(), await lab.children(id)) == rows
     await assert_done_once(lab, id, order)
 
 
+@pytest.mark.since(9)
+@pytest.mark.only(9, 10)
 @posix_only
 async def test_a_shutdown_does_not_wait_for_durable_tasks(lab: Lab, tmp_path: Path) -> None:
     """They go back to the queue at once, with no retry spent, and the next worker goes on."""
@@ -133,7 +138,7 @@ async def test_a_shutdown_does_not_wait_for_durable_tasks(lab: Lab, tmp_path: Pa
         process.send_signal(signal.SIGTERM)
         assert await ended(process) == 0
     row = await wait_for_status(lab.pool, id, "QUEUED")
-    assert (row["attempt"], row["retry_count"], row["lost_count"]) == (1, 0, 0)
+    assert (row["attempt"], row["retry_count"], row.get("lost_count", 0)) == (1, 0, 0)
     assert await execute(lab.pool, "SELECT * FROM workers") == []
     order.gate.touch()
     async with worker_process(lab.lesson, script=SCRIPT):
@@ -158,33 +163,11 @@ async def test_a_child_may_run_on_another_worker_than_its_parent(lab: Lab) -> No
     assert owners == {"parent": only_durable.id, "step": only_plain.id}
 
 
-async def test_children_elsewhere_are_not_forgotten_while_others_end_here(lab: Lab) -> None:
-    async def parent(context: Any, input: Any) -> Any:
-        return await context.run_task("step", 1)
-
-    id = await lab.enqueue(parent)
-    busy = lab.worker(parent, concurrency=0)
-    elsewhere = lab.worker(parent, durable_concurrency=0)
-
-    async def children_end_here() -> None:
-        while True:
-            busy._ask.set()
-            await asyncio.sleep(0.001)
-
-    async with working(busy, elsewhere):
-        ending = asyncio.create_task(children_end_here())
-        row = await finished(lab.pool, id)
-        ending.cancel()
-    assert row["output"] == 1
-
-
 # Lost connections
 
 
 class BreakingPool:
     """A pool that loses the connection at the end of every other transaction, seen from its start.
-
-    start_child counts as one, although it is a single statement.
 
     The server ends the connection, either just before COMMIT or just after it, so that the client
     cannot tell which of the two has happened.
@@ -201,7 +184,7 @@ class BreakingPool:
     @asynccontextmanager
     async def connection(self, *arguments: Any, **keywords: Any) -> AsyncIterator[Any]:
         async with self.pool.connection(*arguments, **keywords) as conn:
-            transaction, execute = conn.transaction, conn.execute
+            transaction = conn.transaction
 
             @asynccontextmanager
             async def breaking() -> AsyncIterator[Any]:
@@ -213,27 +196,13 @@ class BreakingPool:
                         await self.terminate(conn)
                 if breaks:
                     await self.terminate(conn)
-                    await execute("SELECT 'the answer to COMMIT got lost'")
-
-            async def breaking_execute(statement: Any, *arguments: Any) -> Any:
-                if "WITH parent AS" not in str(statement):
-                    return await execute(statement, *arguments)
-                self.transactions += 1
-                breaks = self.transactions % 2 == 1
-                if breaks and self.before_commit:
-                    await self.terminate(conn)
-                cursor = await execute(statement, *arguments)
-                if breaks:
-                    await self.terminate(conn)
-                    await execute("SELECT 'the answer got lost'")
-                return cursor
+                    await conn.execute("SELECT 'the answer to COMMIT got lost'")
 
             conn.transaction = breaking  # type: ignore[method-assign, assignment]
-            conn.execute = breaking_execute  # type: ignore[method-assign, assignment]
             try:
                 yield conn
             finally:
-                conn.transaction, conn.execute = transaction, execute  # type: ignore[method-assign]
+                conn.transaction = transaction  # type: ignore[method-assign]
 
     async def terminate(self, conn: Any) -> None:
         await execute(self.pool, "SELECT pg_terminate_backend(%s, 5000)", conn.info.backend_pid)
@@ -257,6 +226,9 @@ async def test_a_connection_lost_at_the_commit_costs_nothing(lab: Lab, before_co
     assert lab.calls == {"1": 1, "2": 1}
 
 
+@pytest.mark.since(8)
+@pytest.mark.only(8, 10)
+@pytest.mark.flaw(7, reason="lost connections end the worker, and all it was doing is done again")
 async def test_orders_survive_the_loss_of_all_connections_again_and_again(lab: Lab) -> None:
     async def parent(context: Any, input: Any) -> Any:
         first = await context.run_task("step", [input, 1])
@@ -266,7 +238,7 @@ async def test_orders_survive_the_loss_of_all_connections_again_and_again(lab: L
     ids = [await lab.enqueue(parent, n) for n in range(30)]
     async with (
         await open_connection(lab.pool) as killer,
-        working(lab.worker(parent)),
+        working(lab.worker(parent)) as start,
     ):
         for _ in range(10):
             await killer.execute(
@@ -277,6 +249,7 @@ async def test_orders_survive_the_loss_of_all_connections_again_and_again(lab: L
                 """
             )
             await asyncio.sleep(0.1)
+        assert not start.done(), "the worker has ended"
         for n, id in enumerate(ids):
             row = await until_read(lab.pool, id)
             assert (row["output"], row["retry_count"]) == ([[n, 1], [n, 2]], 0)
@@ -292,6 +265,7 @@ async def until_read(pool: Pool, id: int) -> dict[str, Any]:
             await asyncio.sleep(0.1)
 
 
+@pytest.mark.only(10)
 async def test_a_cancellation_is_not_lost_while_a_connection_is_handed_over(pool: Pool) -> None:
     """Or a busy worker would go on when it is told to end."""
     assert isinstance(pool, CancellablePool)
@@ -336,23 +310,9 @@ def counted(queries: Any, calls: list[dict[str, Any]]) -> SimpleNamespace:
     return SimpleNamespace(**{name: wrap(name, getattr(queries, name)) for name in names})
 
 
-async def test_a_step_of_a_first_attempt_costs_two_statements(lab: Lab) -> None:
-    """Nobody was there before, so there is nothing to look for in the log."""
-
-    async def parent(context: Any, input: Any) -> None:
-        for n in range(3):
-            await context.run_task("step", n)
-
-    calls: list[dict[str, Any]] = []
-    lab.queries = counted(lab.queries, calls)
-    await lab.run(parent)
-    ids = {task["id"] for task in await lab.tasks()}
-    creating = [call for call in calls if "input" in call]
-    naming_a_task = [call for call in calls if {call.get("id"), call.get("task_id")} & ids]
-    assert len(creating) == 3
-    assert len(naming_a_task) == 3 + 4, "three events and four results"
-
-
+@pytest.mark.since(8)
+@pytest.mark.only(8, 10)
+@pytest.mark.flaw(7, reason="steps that are started at once hold a connection each while they wait")
 async def test_however_many_steps_a_task_starts_at_once_they_hold_one_connection(lab: Lab) -> None:
     """They all lock its row. If each of them waited for it with a connection, none were left."""
     may_go = asyncio.Event()
@@ -360,13 +320,18 @@ async def test_however_many_steps_a_task_starts_at_once_they_hold_one_connection
     async def parent(context: Any, input: Any) -> None:
         lab.calls["parent"] += 1
         await may_go.wait()
-        await asyncio.gather(*[context.run_task("step", n) for n in range(2 * lab.pool.max_size)])
+        await asyncio.gather(*[context.run_task("step", n) for n in range(200)])
 
     async def waits() -> bool:
         sql = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type"
         return (await conn.execute(f"{sql} = 'Lock'".encode())).rowcount > 0
 
+    async def has_completed() -> bool:
+        return await statuses(lab.pool) == {"COMPLETED": 202}
+
     id = await lab.enqueue(parent)
+    if lab.lesson.number < 8:
+        lab.pool.timeout = 1.0  # for it is going to be one
     async with working(lab.worker(parent)):
         await wait_for(lambda: lab.calls["parent"], "it has started")
         async with await open_connection(lab.pool) as conn, conn.transaction():
@@ -374,7 +339,7 @@ async def test_however_many_steps_a_task_starts_at_once_they_hold_one_connection
             may_go.set()
             await wait_for(waits, "a step waits for the lock")
             assert (await finished(lab.pool, await enqueue(lab.pool, "step")))["attempt"] == 1
-        assert (await finished(lab.pool, id))["status"] == "COMPLETED"
+        await wait_for(has_completed, "it has completed", seconds=120)
 
 
 async def test_a_later_attempt_waits_for_the_child_that_still_runs(lab: Lab) -> None:
@@ -398,23 +363,6 @@ async def test_a_later_attempt_waits_for_the_child_that_still_runs(lab: Lab) -> 
     assert (row["output"], row["attempt"], lab.calls["slow"]) == ("done", 2, 1)
 
 
-async def test_what_a_worker_did_itself_it_need_not_wait_for(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nor does it wait for a step that an earlier attempt has completed."""
-
-    async def parent(context: Any, input: Any) -> Any:
-        first = await context.run_task("step", 1)
-        if context.attempt == 1:
-            raise OSError("no luck")
-        return [first, await context.run_task("step", 2)]
-
-    id = (await lab.run(parent))["id"]
-    await lab.lesson.durable_context.retry_task(lab.pool, lab.queries, id)
-    monkeypatch.setattr(lab.lesson.worker, "POLL_INTERVAL", 3600.0)
-    assert (await lab.finish(id, parent))["output"] == [1, 2]
-
-
 async def assert_cheap(pool: Pool, calls: list[Any], interval: float) -> None:
     """For a while there are few queries in each interval, and few connections."""
     clock = asyncio.get_running_loop().time
@@ -428,12 +376,10 @@ async def assert_cheap(pool: Pool, calls: list[Any], interval: float) -> None:
     assert row["n"] <= pool.max_size + 2, "more than the pool, the heartbeat and this test"
 
 
-async def test_a_thousand_waiting_tasks_cost_one_query_and_no_connection(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.only(10)
+async def test_a_thousand_waiting_tasks_cost_one_query_and_no_connection(lab: Lab) -> None:
     quiet_but_for_polls = {"POLL_INTERVAL": 0.1, "HEARTBEAT_INTERVAL": 2, "INACTIVE_AFTER": 60}
-    for name, value in quiet_but_for_polls.items():
-        monkeypatch.setattr(lab.lesson.worker, name, value)
+    set_globals(lab.lesson, quiet_but_for_polls)
     may_end = asyncio.Event()
     calls: list[dict[str, Any]] = []
 
@@ -466,13 +412,14 @@ async def test_a_thousand_waiting_tasks_cost_one_query_and_no_connection(
         await wait_for(lambda: count(completed), "all have completed", 60)
 
 
+# One at the start; longer than the test, and yet far enough from the end of time for Postgres.
+NO_BEATS = {"HEARTBEAT_INTERVAL": 3600.0, "INACTIVE_AFTER": 36000.0}
+
+
 @pytest.mark.parametrize("tasks", [0, 3])
-async def test_a_worker_without_tasks_or_without_slots_only_polls(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, tasks: int
-) -> None:
-    """Between two heartbeats it asks for tasks that it can run, at each tick, and for nothing."""
-    for name, value in {"POLL_INTERVAL": 0.05, "HEARTBEAT_INTERVAL": 3600.0}.items():
-        monkeypatch.setattr(lab.lesson.worker, name, value)
+async def test_a_worker_without_tasks_or_without_slots_only_polls(lab: Lab, tasks: int) -> None:
+    """Between two heartbeats it asks for tasks at each tick, and for nothing else."""
+    set_globals(lab.lesson, NO_BEATS | {"POLL_INTERVAL": 0.05})
     may_end = asyncio.Event()
     calls: list[dict[str, Any]] = []
 
@@ -488,16 +435,12 @@ async def test_a_worker_without_tasks_or_without_slots_only_polls(
         await wait_for(lambda: lab.calls["slow"] == min(tasks, 1), "it has the task")
         await assert_cheap(lab.pool, calls, interval=0.05)
         assert all("queue" in call for call in calls)
-        assert {call["is_durable"] for call in calls} == ({True} if tasks else {True, False})
         may_end.set()
 
 
 @pytest.mark.parametrize("concurrency", [100, 2])
-async def test_a_worker_polls_at_once_only_while_tasks_wait(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, concurrency: int
-) -> None:
-    for name in ("POLL_INTERVAL", "HEARTBEAT_INTERVAL"):
-        monkeypatch.setattr(lab.lesson.worker, name, 3600.0)
+async def test_a_worker_polls_at_once_only_while_tasks_wait(lab: Lab, concurrency: int) -> None:
+    set_globals(lab.lesson, NO_BEATS | {"POLL_INTERVAL": 3600.0})
     calls: list[dict[str, Any]] = []
 
     async def pausing(input: Any) -> None:
@@ -509,7 +452,11 @@ async def test_a_worker_polls_at_once_only_while_tasks_wait(
     for n in range(7):
         await enqueue(lab.pool, "pausing", n)
     lab.queries = counted(lab.queries, calls)
-    async with working(lab.worker(pausing, concurrency=concurrency)):
+    worker = lab.worker(pausing, concurrency=concurrency)
+    if lab.lesson.number >= 8:  # it does not claim before its first beat, and asks only once here
+        beat = "INSERT INTO workers (id, display_name) VALUES (%s, 'us')"
+        await execute(lab.pool, beat, worker.id)
+    async with working(worker):
         await wait_for(all_completed, "all have completed")
         await asyncio.sleep(0.1)
         polls = sum("queue" in call for call in calls)
@@ -531,9 +478,10 @@ async def test_a_worker_keeps_nothing_of_tasks_that_have_ended(lab: Lab) -> None
             raise OSError("again")
         return None
 
-    def sizes(worker: Any) -> dict[str, int]:
-        attributes = vars(worker).items()
-        return {name: len(value) for name, value in attributes if hasattr(value, "__len__")}
+    def sizes(worker: Any) -> list[int]:
+        parts = [worker, worker.children, *worker.slots.values()]
+        values = [value for part in parts for value in vars(part).values()]
+        return [len(value) for value in values if hasattr(value, "__len__")]
 
     async def all_ended() -> bool:
         return set(await statuses(lab.pool)) == {"COMPLETED", "FAILED"}
@@ -549,6 +497,6 @@ async def test_a_worker_keeps_nothing_of_tasks_that_have_ended(lab: Lab) -> None
         await lab.enqueue(parent, n, max_retries=1)
     async with working(worker):
         await wait_for(all_ended, "all tasks have ended")
-        await wait_for(lambda: at_first.items() <= sizes(worker).items(), "it has forgotten them")
+        await wait_for(lambda: sizes(worker) == at_first, "it has forgotten them")
         # The variables of a loop that waits may still hold a few.
         await wait_for(lambda: objects_left() <= 5, "the last of them are gone")

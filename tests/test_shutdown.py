@@ -25,10 +25,8 @@ from helpers import (
 )
 from shared import Pool
 
-# The worker of lessons 05 and 06 is that of 04; see test_tables.py.
 pytestmark = [
-    pytest.mark.since(4),
-    pytest.mark.only(4, 7),
+    pytest.mark.since(9),
     pytest.mark.skipif(sys.platform == "win32", reason="no such signals and subprocesses"),
 ]
 
@@ -48,10 +46,13 @@ async def check_put_back(pool: Pool, id: int) -> None:
     """The task is queued, nothing is held against it, and no worker is left."""
     row = await get_task(pool, id)
     assert (row["status"], row["worker_id"], row["finished_at"]) == ("QUEUED", None, None)
-    assert (row["attempt"], row["retry_count"], row["lost_count"]) == (1, 0, 0)
+    assert (row["attempt"], row["retry_count"], row.get("lost_count", 0)) == (1, 0, 0)
     assert await execute(pool, "SELECT id FROM workers") == []
 
 
+@pytest.mark.flaw(
+    8, reason="a worker that is told to stop cuts its tasks off, and leaves them RUNNING"
+)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_stops_the_claims_and_lets_a_running_task_end(
     lesson: Any, pool: Pool, tmp_path: Path, number: signal.Signals
@@ -67,21 +68,34 @@ async def test_a_signal_stops_the_claims_and_lets_a_running_task_end(
     assert await execute(pool, "SELECT id FROM workers") == []
 
 
-@pytest.mark.parametrize("name", ["sleep", "stubborn"])
 async def test_a_task_that_outlives_the_grace_goes_back_to_the_queue(
-    lesson: Any, pool: Pool, tmp_path: Path, name: str
+    lesson: Any, pool: Pool, tmp_path: Path
 ) -> None:
-    """A stubborn one, that ignores its cancellation, cannot keep the process from ending."""
-    file = tmp_path / "notes"
     async with worker_process(lesson, SHUTDOWN_GRACE=0.3) as process:
-        id = await enqueue_and_start(pool, file, name, FOR_EVER)
+        id = await enqueue_and_start(pool, tmp_path / "notes", "sleep", FOR_EVER)
         process.send_signal(signal.SIGTERM)
         assert await ended(process) == 0
-    assert ("ignores" in file.read_text()) == (name == "stubborn")
     await check_put_back(pool, id)
 
 
-@pytest.mark.only(7)
+@pytest.mark.since(10)
+@pytest.mark.flaw(
+    9, reason="a function that ignores its cancellation keeps its worker from stopping"
+)
+async def test_a_task_that_ignores_its_cancellation_cannot_keep_its_worker_from_stopping(
+    lesson: Any, pool: Pool, tmp_path: Path
+) -> None:
+    file = tmp_path / "notes"
+    async with worker_process(lesson, SHUTDOWN_GRACE=0.3) as process:
+        id = await enqueue_and_start(pool, file, "stubborn", FOR_EVER)
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(DEADLINE if lesson.number >= 10 else 3):
+            assert await process.wait() == 0
+    assert "ignores" in file.read_text()
+    await check_put_back(pool, id)
+
+
+@pytest.mark.only(10)
 async def test_the_heart_beats_on_during_the_grace(
     lesson: Any, pool: Pool, queries: Any, tmp_path: Path
 ) -> None:
@@ -96,7 +110,7 @@ async def test_the_heart_beats_on_during_the_grace(
         assert await ended(process) == 0
         row = await get_task(pool, id)
     assert (row["status"], row["output"]) == ("COMPLETED", process.pid)
-    assert (row["attempt"], row["lost_count"]) == (1, 0)
+    assert row["attempt"] == 1
 
 
 async def test_a_second_signal_ends_the_grace(lesson: Any, pool: Pool, tmp_path: Path) -> None:
@@ -162,7 +176,7 @@ async def test_a_signal_lets_start_return(lesson: Any, pool: Pool, queries: Any)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.only(4)
+@pytest.mark.only(10)
 async def test_cancelling_one_who_waits_for_a_connection_is_never_in_vain(pool: Pool) -> None:
     """Else a worker that is cancelled just then goes on for ever."""
     users = [asyncio.create_task(use_connections(pool)) for _ in range(2 * pool.max_size)]
