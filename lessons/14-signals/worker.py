@@ -59,11 +59,7 @@ class Worker:
     """
 
     def __init__(
-        self,
-        pool: Pool,
-        queries: Queries,
-        concurrency: int = 100,
-        durable_concurrency: int = 1000,
+        self, pool: Pool, queries: Queries, concurrency: int = 100, durable_concurrency: int = 1000
     ) -> None:
         self.id = uuid4()
         self.display_name = f"{socket.gethostname()}:{os.getpid()}"
