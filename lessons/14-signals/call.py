@@ -18,11 +18,11 @@ async def call(
     context: DurableContext,
     timeout: timedelta | None,  # noqa: ASYNC109
     grace: float,
-) -> Outcome | None:
-    """Run a function, which has been called, in an asyncio task of its own; return how it ended,
-    or None if its task has been suspended.
+) -> Outcome:
+    """Run a function, which has been called, in an asyncio task of its own; return how it ended.
 
-    After `timeout`, or when this call is cancelled, the function is cancelled, and if it does not
+    After `timeout`, when its task is suspended, or when this call is cancelled, the function is
+    cancelled, and if it does not
     end within `grace` seconds it is left behind. So is what it has left behind in its `context`.
     """
     running = asyncio.create_task(_outcome(function))
@@ -40,7 +40,7 @@ async def call(
         if ignoring:
             log.warning("task %d ignores its cancellation, and is left behind", context.task_id)
     if context.left.done():
-        return None
+        return None, None  # nobody asks: the task is not ours any more
     if not in_time:
         return None, TimeoutError(f"timed out after {timeout}")
     if running.cancelled():  # it returned while a cancellation of its own was due

@@ -142,7 +142,6 @@ class Worker:
             await asyncio.wait(tasks, timeout=2 * SHUTDOWN_GRACE)
 
     async def _suspend_all(self) -> None:
-        """What waits need not be claimed again before there is something to go on with."""
         await asyncio.gather(*(context.suspend() for context in list(self._contexts)))
 
     async def _put_back_all(self) -> None:
@@ -227,12 +226,10 @@ class Worker:
         context = DurableContext(self.pool, self.queries, self.children, task, slots)
         self._contexts.add(context)
         function = self._call(task, context)
-        outcome = await call(function, context, task.timeout, SHUTDOWN_GRACE)
-        if outcome is None:
+        output, error = await call(function, context, task.timeout, SHUTDOWN_GRACE)
+        if context.left.done():
             self._log(task, "SUSPENDED")
-            return
-        output, error = outcome
-        if error is None:
+        elif error is None:
             await self._complete(task, output)
         else:
             await self._fail(task, error)
