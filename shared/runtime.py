@@ -1,19 +1,31 @@
-"""How a program starts, is told to stop, ends, and reports errors."""
+"""How a program starts, is told to stop, and ends."""
 
 import asyncio
+import atexit
 import ctypes
+import errno
+import io
 import logging
-import re
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
+
+from shared.database import without_password
+from shared.outages import is_away, one_line
+
+Handler = Callable[[int, FrameType | None], None]
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ABANDON_AFTER = 1.0  # seconds
-MAX_ERROR_CHARACTERS = 10_000
+LEAVE_THREADS_AFTER = 5  # seconds, whole ones
+
+logger = logging.getLogger(__name__)
 
 
 class OneLineFormatter(logging.Formatter):
@@ -35,11 +47,34 @@ def set_up_logging() -> None:
 def run(main: Coroutine[Any, Any, None]) -> None:
     """Run a program's main coroutine to its end.
 
-    The first SIGINT or SIGTERM cancels it, and the program ends with status 130 or 143; another one
-    ends it at once. Unlike asyncio.run it does not wait for ever for tasks that ignore their
-    cancellation: they are abandoned after ABANDON_AFTER seconds.
+    The first SIGINT or SIGTERM cancels it, and the program ends with status 130 or 143; the second
+    one raises SystemExit wherever the program is; the third ends the process on the spot, without
+    any cleaning up (unless it is inside a C function that never looks for signals).
+
+    Unlike asyncio.run it does not wait for ever for tasks that ignore their cancellation: they are
+    abandoned after ABANDON_AFTER seconds. Nor does the program, as it ends, for threads: not longer
+    than LEAVE_THREADS_AFTER seconds. An outage of the database that reaches it is one line.
     """
     set_up_logging()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal or pipe whose encoding lacks a character gets a question mark.
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        with writing_to_stdout():
+            run_loop(main)
+    except Exception as error:
+        if outage := only_outage(error):
+            # It is libpq's message, and may quote the URL.
+            raise SystemExit(f"the database went away: {outage}; start the worker again") from None
+        raise
+    finally:
+        # Last, since these functions are called in reverse order, and the one that waits for the
+        # threads of asyncio.to_thread is registered when the first of them is started.
+        threading._register_atexit(limit_wait_for_threads)  # type: ignore[attr-defined]
+
+
+def run_loop(main: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine in an event loop of its own, and handle signals meanwhile."""
     # Named, since psycopg cannot use the event loop that is the default on Windows.
     loop = asyncio.SelectorEventLoop()
     task = loop.create_task(main)
@@ -47,20 +82,24 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 
     def stop(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        if len(received) > 2:
+            os._exit(128 + number)
         if len(received) > 1:
             raise SystemExit(128 + number)
-        loop.call_soon_threadsafe(task.cancel)
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(task.cancel)
 
-    try:
-        with signal_handler(stop):
+    with signal_handler(stop):
+        try:
             loop.run_until_complete(task)
-    except asyncio.CancelledError:
-        # Without a signal here it was a second one within stop_signals, which is a Ctrl-C too.
-        raise SystemExit(128 + (received[0] if received else signal.SIGINT)) from None
-    finally:
-        close_loop(loop)
-        if task.done() and not task.cancelled():
-            task.exception()  # marks it as seen, or asyncio would print a SystemExit's traceback
+        except asyncio.CancelledError:
+            # Without a signal here it was a second one within stop_signals, a Ctrl-C too.
+            raise SystemExit(128 + (received[0] if received else signal.SIGINT)) from None
+        finally:
+            close_loop(loop)
+            if task.done() and not task.cancelled():
+                # Marks it as seen, or asyncio would print the traceback of a SystemExit.
+                task.exception()
 
 
 def close_loop(loop: asyncio.AbstractEventLoop) -> None:
@@ -79,69 +118,185 @@ def close_loop(loop: asyncio.AbstractEventLoop) -> None:
     loop.close()
 
 
+def only_outage(error: Exception) -> str | None:
+    """If an error, or all there is in a group of errors, is the database's absence: one of them."""
+    away, others = ExceptionGroup("", [error]).split(is_away)
+    if others or not away:
+        return None
+    first: Exception = away
+    while isinstance(first, ExceptionGroup):
+        first = first.exceptions[0]
+    return without_password(one_line(first)) if os.environ.get("DATABASE_URL") else one_line(first)
+
+
+@contextmanager
+def writing_to_stdout() -> Iterator[None]:
+    """Write out, at the end of this block, what has been printed.
+
+    Raises SystemExit if that cannot be done: with one line, or without any if nobody reads it any
+    more, as with `| head`.
+    """
+    try:
+        try:
+            yield
+        finally:
+            flush_stdout()
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise SystemExit(1) from None
+        if error.errno == errno.ENOSPC:
+            raise SystemExit(f"Cannot write {error.filename or 'the output'}: disk full") from None
+        raise
+
+
+def flush_stdout() -> None:
+    """Write out what has been printed."""
+    if not sys.stdout or sys.stdout.closed:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # What is left goes to nowhere, or Python would try again, and complain, at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+class ThreadsLeft(BaseException):
+    """Ends the interpreter's wait for threads."""
+
+
+def limit_wait_for_threads() -> None:
+    """Called when the interpreter is about to wait for threads: let it not wait for ever.
+
+    What a function has started with asyncio.to_thread cannot be cancelled, and may never end. A
+    SIGINT ends the wait at once.
+    """
+    if not hasattr(signal, "SIGALRM"):  # Windows
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        left = [thread.name for thread in threading.enumerate() if not thread.daemon]
+        left.remove(threading.main_thread().name)
+        if left:
+            logger.warning("ending although threads still run: %s", ", ".join(left))
+            sys.unraisablehook = lambda unraisable: None  # would show a traceback
+            raise ThreadsLeft
+
+    def go_on() -> None:
+        signal.alarm(0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGALRM, signal.SIGINT):
+        signal.signal(number, leave)
+    signal.alarm(LEAVE_THREADS_AFTER)
+    atexit.register(go_on)  # called as soon as the wait is over
+
+
+class Receivers:
+    """The stop_signals blocks of one event loop, which all get each signal."""
+
+    def __init__(self) -> None:
+        self.receivers: list[Callable[[int], None]] = []
+        self.handler = ExitStack()
+
+    def add(self, receiver: Callable[[int], None]) -> None:
+        if not self.receivers:
+            self.handler.enter_context(signal_handler(self.receive))
+        self.receivers.append(receiver)
+
+    def remove(self, receiver: Callable[[int], None]) -> None:
+        self.receivers.remove(receiver)
+        if not self.receivers:
+            self.handler.close()
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        for receiver in self.receivers.copy():
+            receiver(number)
+
+
+# Several workers may run in one loop, and a worker's end must not take the handlers from another.
+receivers: WeakKeyDictionary[asyncio.AbstractEventLoop, Receivers] = WeakKeyDictionary()
+
+
 @contextmanager
 def stop_signals(first: Callable[[], object], second: Callable[[], object]) -> Iterator[None]:
-    """Within this block the first SIGINT or SIGTERM calls `first`, every later one `second`.
+    """Within this block the first SIGINT or SIGTERM calls `first`, the second `second`.
 
-    Both are called by the running event loop. Outside the main thread, where Python handles no
+    Both are called by the running event loop. The third ends the process on the spot, also when the
+    loop is blocked by a function and can call nothing. If there are several such blocks at a time,
+    one for each worker, a signal reaches them all. Outside the main thread, where Python handles no
     signals, the block changes nothing.
     """
-    loop = asyncio.get_running_loop()
-    callback = first
-
-    def schedule(number: int, frame: FrameType | None) -> None:
-        nonlocal callback
-        loop.call_soon_threadsafe(callback)
-        callback = second
-
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    with signal_handler(schedule):
-        yield
+    loop = asyncio.get_running_loop()
+    callbacks = iter([first, second])
 
+    def receive(number: int) -> None:
+        callback = next(callbacks, None)
+        if callback is None:
+            os._exit(128 + number)
+        loop.call_soon_threadsafe(callback)
 
-@contextmanager
-def signal_handler(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle SIGINT and SIGTERM within this block."""
-    previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    all_blocks = receivers.setdefault(loop, Receivers())
+    all_blocks.add(receive)
     try:
         yield
     finally:
-        for number, old_handler in previous.items():
-            # None: a handler that was not installed by Python, and that Python cannot put back.
-            signal.signal(number, signal.SIG_DFL if old_handler is None else old_handler)
+        all_blocks.remove(receive)
 
 
-def error_text(error: BaseException) -> str:
-    """An exception's type and message; of an exception group also those of all errors in it.
-
-    The text suits jsonb: NUL and lone surrogates are replaced, MAX_ERROR_CHARACTERS is its limit.
-    """
-    texts = [describe(error)]
-    waiting = [error]
-    # A loop, since recursion would fail on a group nested a thousand deep.
-    while waiting and len(texts) < MAX_ERROR_CHARACTERS:
-        current = waiting.pop()
-        # Not by its own attribute, which may be the user's code and raise anything at all.
-        if issubclass(type(current), BaseExceptionGroup):
-            waiting.extend(reversed(BaseExceptionGroup.exceptions.__get__(current)))
-        elif current is not error:
-            texts.append(describe(current))
-    text = "; ".join(texts)
-    if len(text) > MAX_ERROR_CHARACTERS:
-        text = text[: MAX_ERROR_CHARACTERS - 1] + "…"
-    return re.sub("[\0\ud800-\udfff]", "\ufffd", text)
+# The handlers in force, the outermost first, with those that they replaced.
+in_force: list[tuple[Handler, dict[signal.Signals, Any]]] = []
 
 
-def describe(error: BaseException) -> str:
-    """`TypeName: message` of one exception, of which little more than can be kept."""
-    name = "Exception"
+@contextmanager
+def signal_handler(handler: Handler) -> Iterator[None]:
+    """Handle SIGINT and SIGTERM within this block."""
+    previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    in_force.append((handler, previous))
     try:
-        name = f"{type(error).__name__}"
-        message = "".join(str(error))
-    except BaseException:
-        # Both may be the user's code and raise anything at all.
-        message = "(its message could not be read)"
-    text = f"{name}: {message}" if message else name
-    return text[: MAX_ERROR_CHARACTERS + 1]
+        yield
+    finally:
+        in_force.remove((handler, previous))
+        for number, old_handler in previous.items():
+            put_back(number, old_handler)
+
+
+def put_back(number: signal.Signals, old_handler: Any) -> None:
+    """Install the handler that signal.signal said was there before."""
+    # None: a handler that was not installed by Python, and that Python cannot put back.
+    signal.signal(number, signal.SIG_DFL if old_handler is None else old_handler)
+
+
+# The signals that a thread does not let through, while it forks.
+mask = threading.local()
+
+
+def hold_signals() -> None:
+    """Before a fork: a signal for the child must not come while the child has our handlers yet."""
+    mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def release_signals() -> None:
+    """After a fork, in parent and child."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask.before)
+
+
+def forget_handlers() -> None:
+    """In a forked child: handle signals as before the first of our handlers.
+
+    They would call into an event loop that nobody runs there, and the child would ignore SIGTERM.
+    """
+    for handler, previous in reversed(in_force):
+        for number, old_handler in previous.items():
+            if signal.getsignal(number) is handler:
+                put_back(number, old_handler)
+    release_signals()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(
+        before=hold_signals, after_in_parent=release_signals, after_in_child=forget_handlers
+    )

@@ -19,20 +19,20 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
-from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from lesson_loader import Lesson, all_lessons, lesson_number
-from server import DESCRIPTIONS, Kind, choose_server, docker_answers, new_database, running_server
+from server import DESCRIPTIONS, Kind, new_database, running_server
 from shared import EmbeddedPostgres, Pool, Queries, load_queries, open_pool
 
 # The machine may be busy: no test fails for being slow.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
+SERVER = pytest.StashKey[Kind]()
 NOT_COLLECTED = None  # in place of a lesson, where a test holds for none of those chosen
 
 
@@ -48,19 +48,22 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--lesson: {error}") from None
 
 
-def pytest_report_header() -> str:
-    return f"postgres: {DESCRIPTIONS[server_kind()]}"
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Start the server that the processes of pytest-xdist share, before it starts them."""
-    if session.config.getoption("tx", None) and not session.config.option.collectonly:
-        server_kind()  # chosen, and remembered, before the next line settles it for the others
+    """Start the server before pytest-xdist starts its processes, which share it."""
+    if not session.config.option.collectonly:
         stack = ExitStack()
         session.config.add_cleanup(stack.close)
-        url = stack.enter_context(running_server(server_kind(), os.environ))
+        try:
+            kind, url = stack.enter_context(running_server(os.environ))
+        except SystemExit as error:  # with one line, which pytest would bury in a traceback
+            raise pytest.UsageError(f"{error} (The tests ask for TEST_DATABASE_URL.)") from None
+        session.config.stash[SERVER] = kind
         os.environ["TEST_DATABASE_URL"] = url
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return [f"postgres: {DESCRIPTIONS[config.stash[SERVER]]}"] if SERVER in config.stash else []
 
 
 def chosen_lessons(config: pytest.Config) -> list[Path]:
@@ -107,16 +110,10 @@ if sys.platform == "win32":
         return {"selector": asyncio.SelectorEventLoop}
 
 
-@cache
-def server_kind() -> Kind:
-    return choose_server(os.environ, docker_answers)
-
-
 @pytest.fixture(scope="session")
-def server_url() -> Iterator[str]:
+def server_url() -> str:
     """The URL of the test run's Postgres server."""
-    with running_server(server_kind(), os.environ) as url:
-        yield url
+    return os.environ["TEST_DATABASE_URL"]
 
 
 @pytest.fixture

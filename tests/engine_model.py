@@ -85,14 +85,19 @@ def brief(task: ModelTask) -> Brief:
 class Model:
     tasks: dict[int, ModelTask] = field(default_factory=dict)
     logs: dict[int, list[Event]] = field(default_factory=dict)
-    workers: dict[int, str] = field(default_factory=dict)  # fresh, silent or inactive
+    workers: dict[int, str] = field(default_factory=dict)  # fresh, silent, inactive or ahead
     touched: set[int] = field(default_factory=set)
+    now: int = 0  # when the transaction began; like the next two, only for comparison
+    started: dict[int, int] = field(default_factory=dict)  # the event of which child
+    ended: dict[int, int] = field(default_factory=dict)
 
     def adopt(self, other: "Model", ids: Iterable[int]) -> None:
         """Take over what another model says of these tasks: its transaction was committed."""
         for id in ids:
             self.tasks[id] = other.tasks[id]
             self.logs[id] = other.logs[id]
+            for mine, theirs in ((self.started, other.started), (self.ended, other.ended)):
+                mine.update({id: theirs[id]} if id in theirs else {})
 
     def create(self, task: ModelTask) -> Brief:
         self.tasks[task.id] = task
@@ -101,12 +106,22 @@ class Model:
         return brief(task)
 
     def claim(
-        self, worker: int, queue: str, is_durable: bool, limit: int, held: set[int]
+        self,
+        worker: int,
+        queue: str,
+        is_durable: bool,
+        task_names: tuple[str, ...],
+        limit: int,
+        held: set[int],
     ) -> list[Brief]:
+        """A worker whose heartbeat is missing or too old gets nothing."""
+        if self.workers.get(worker) not in ("fresh", "silent"):
+            return []
         queued = [
             task
             for task in self._free(held, "QUEUED")
             if task.queue == queue and task.is_durable == is_durable
+            if task.task_name in task_names
             if task.attempt > 0 or not task.overdue
         ]
         claimed = sorted(queued, key=lambda task: (-task.priority, task.id))[:limit]
@@ -129,48 +144,52 @@ class Model:
             self._queue(task)
             task.retry_count += 1
         else:
-            task.status, task.finished = status, True
+            task.status = status
+            self._finish(task)
         task.output = output
         return self._touch([task])
 
-    def put_back(self, worker: int, known: Iterable[Claim], held: set[int]) -> list[Brief]:
-        """Queue again what the worker owns and does not know of."""
+    def put_back(
+        self, worker: int, is_durable: bool, known: Iterable[Claim], held: set[int]
+    ) -> list[Brief]:
+        """Queue again what of one kind the worker owns and does not know of."""
         unknown = [
             task
             for task in self._free(held, "RUNNING")
-            if task.worker == worker and Claim(task.id, worker, task.attempt) not in known
+            if task.worker == worker and task.is_durable == is_durable
+            if Claim(task.id, worker, task.attempt) not in known
         ]
         for task in unknown:
             self._queue(task)
         return self._touch(unknown)
 
-    def requeue_lost(self, max_lost_workers: int, held: set[int]) -> list[Brief]:
+    def requeue_lost(self, max_lost_workers: int, limit: int, held: set[int]) -> list[Brief]:
         lost = [
             task
             for task in self._free(held, "RUNNING")
-            if task.worker is None or self.workers.get(task.worker, "inactive") == "inactive"
-        ]
+            if task.worker is None or self.workers.get(task.worker) not in ("fresh", "silent")
+        ][:limit]
         for task in lost:
             self._queue(task)
             task.lost_count += 1
             if task.lost_count >= max_lost_workers:
-                task.status, task.output, task.finished = "FAILED", {"error": Text()}, True
+                self._fail(task)
         return self._touch(lost)
 
-    def expire(self, held: set[int]) -> list[Brief]:
-        expired = [t for t in self._free(held, "QUEUED") if t.attempt == 0 and t.overdue]
+    def expire(self, limit: int, held: set[int]) -> list[Brief]:
+        expired = [t for t in self._free(held, "QUEUED") if t.attempt == 0 and t.overdue][:limit]
         for task in expired:
-            task.status, task.output, task.finished = "FAILED", {"error": Text()}, True
+            self._fail(task)
         return self._touch(expired)
 
     def heartbeat(self, worker: int) -> bool:
-        """Returns whether the worker was out of touch."""
+        """Returns whether the worker was in touch."""
         was_fresh = self.workers.get(worker) == "fresh"
         self.workers[worker] = "fresh"
-        return not was_fresh
+        return was_fresh
 
     def delete_inactive_workers(self) -> int:
-        inactive = [worker for worker, age in self.workers.items() if age == "inactive"]
+        inactive = [w for w, age in self.workers.items() if age not in ("fresh", "silent")]
         for worker in inactive:
             del self.workers[worker]
         return len(inactive)
@@ -188,6 +207,7 @@ class Model:
                 raise Refused("NonDeterminismError")
             return recorded.child, True
         log.append(event)
+        self.started[event.child] = self.now
         self.create(
             ModelTask(
                 id=event.child,
@@ -211,29 +231,63 @@ class Model:
 
     def retry(self, id: int) -> None:
         task: ModelTask | None = self._resettable(id, "FAILED")
+        tasks = []
         while task is not None:
+            tasks.append(task)
             child = self.failed_child(task.id)
-            self._reset(task)
+            if child is not None:
+                self._touch([child])
+                if any(self.started[e.child] > self.ended[child.id] for e in self.logs[task.id]):
+                    raise Refused("ValueError")  # the function went on from that failure
             task = child
+        for each in tasks:
+            self._reset(each)
 
     def replay(self, id: int) -> None:
         task = self._resettable(id, *FINISHED)
+        parents = [id]
+        abandoned: list[ModelTask] = []
+        while parents:
+            children = [self.tasks[e.child] for parent in parents for e in self.logs[parent]]
+            self._touch(children)
+            if any(child.status == "RUNNING" for child in children):
+                raise Refused("ValueError")
+            abandoned += [child for child in children if child.status == "QUEUED"]
+            parents = [child.id for child in children]
+        for child in abandoned:
+            self._fail(child)
         self.logs[id] = []
         self._reset(task)
 
     def _resettable(self, id: int, *states: str) -> ModelTask:
         task = self.tasks.get(id)
-        if task is not None:
-            self._touch([task])
+        parent = self.parent(id)
+        self._touch([each for each in (parent, task) if each is not None])
         if task is None or not task.is_durable or task.status not in states:
             raise Refused("ValueError")
+        if parent is not None and parent.status not in FINISHED:
+            raise Refused("ValueError")
         return task
+
+    def parent(self, id: int) -> ModelTask | None:
+        """The task whose log has this one as a child."""
+        logs = self.logs.items()
+        parents = (self.tasks[p] for p, log in logs if any(event.child == id for event in log))
+        return next(parents, None)
 
     def _reset(self, task: ModelTask) -> None:
         self._touch([task])
         self._queue(task)
         task.output, task.finished, task.overdue = None, False, None
         task.retry_count = task.lost_count = 0
+
+    def _fail(self, task: ModelTask) -> None:
+        task.status, task.output = "FAILED", {"error": Text()}
+        self._finish(task)
+
+    def _finish(self, task: ModelTask) -> None:
+        task.finished = True
+        self.ended[task.id] = self.now
 
     def _queue(self, task: ModelTask) -> None:
         task.status, task.worker = "QUEUED", None

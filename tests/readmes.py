@@ -22,7 +22,7 @@ from readme_checks.parsing import Problem, Readme, read_readme, readme_names
 from readme_checks.snippets import ledger_problems, snippet_problems
 from readme_checks.structure import link_problems, structure_problems
 from readme_checks.whole import whole_problems
-from server import choose_server, docker_answers, running_server
+from server import running_server
 
 ROOT = Path(__file__).resolve().parent.parent
 PARALLEL = 4
@@ -133,7 +133,7 @@ def main() -> None:
     names = [path.resolve().relative_to(ROOT).as_posix() for path in arguments.readmes]
     readmes = [read_readme(ROOT, name) for name in names or readme_names(ROOT)]
     command = check if arguments.what == "check" else refresh
-    with running_server(choose_server(os.environ, docker_answers), os.environ) as url:
+    with running_server(os.environ) as (_, url):
         sys.exit(1 if command(readmes, url) else 0)
 
 

@@ -1,8 +1,9 @@
 """The Postgres server of a test run, and a database of its own for each test."""
 
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
@@ -11,12 +12,13 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 from shared import EmbeddedPostgres
+from shared.embedded import forget_other_servers
 
 Kind = Literal["TEST_DATABASE_URL", "Docker", "embedded"]
 DESCRIPTIONS: dict[Kind, str] = {
     "TEST_DATABASE_URL": "the server at TEST_DATABASE_URL",
     "Docker": "a container (Docker answers, and TEST_DATABASE_URL is not set)",
-    "embedded": "embedded, in a temporary directory (neither TEST_DATABASE_URL nor Docker)",
+    "embedded": "embedded, in a temporary directory (no TEST_DATABASE_URL, no Docker to use)",
 }
 IMAGE = "postgres:18"
 
@@ -42,37 +44,66 @@ def choose_server(environ: Mapping[str, str], docker: Callable[[], bool]) -> Kin
 
 
 @contextmanager
-def running_server(kind: Kind, environ: Mapping[str, str]) -> Iterator[str]:
-    """The URL of a server of that kind, which is gone after the block if it was started for it."""
-    if kind == "TEST_DATABASE_URL":
-        yield environ["TEST_DATABASE_URL"]
-    elif kind == "Docker":
-        from testcontainers.postgres import PostgresContainer
-
-        with PostgresContainer(IMAGE, driver=None) as container:
-            yield container.get_connection_url()
-    else:
-        # On Windows a program that is just ending may still have a file open.
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
-            server = EmbeddedPostgres(Path(directory))
-            url = server.start()
+def running_server(environ: Mapping[str, str]) -> Iterator[tuple[Kind, str]]:
+    """The kind and the URL of a server, gone after the block if it was started for it."""
+    kind = choose_server(environ, docker_answers)
+    with ExitStack() as stack:
+        if kind == "TEST_DATABASE_URL":
+            url = environ["TEST_DATABASE_URL"]
+        elif kind == "Docker":
+            try:
+                url = stack.enter_context(container())
+            except Exception as error:
+                reason = " ".join(str(error).split())
+                print(
+                    f"Docker answers, but cannot run {IMAGE}: {reason}; the tests use the embedded "
+                    "Postgres.",
+                    file=sys.stderr,
+                )
+                kind = "embedded"
+        if kind == "embedded":
+            url = stack.enter_context(embedded_server())
+        if kind != "TEST_DATABASE_URL":
             with psycopg.connect(url, autocommit=True) as conn:
                 # The tests kill Postgres, but not the machine it runs on.
                 conn.execute("ALTER SYSTEM SET fsync = off")
                 conn.execute("SELECT pg_reload_conf()")
-            try:
-                yield url
-            finally:
-                server.stop()
+        yield kind, url
 
 
 @contextmanager
-def new_database(server_url: str) -> Iterator[str]:
-    """The connection string of a new and empty database, which is dropped after the block."""
+def container() -> Iterator[str]:
+    """The URL of a server in a container."""
+    from testcontainers.community.postgres import PostgresContainer
+
+    with PostgresContainer(IMAGE, driver=None) as container:
+        yield container.get_connection_url()
+
+
+@contextmanager
+def embedded_server() -> Iterator[str]:
+    """The URL of an embedded server."""
+    forget_other_servers()
+    # On Windows a program that is just ending may still have a file open.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        server = EmbeddedPostgres(Path(directory))
+        url = server.start()
+        try:
+            yield url
+        finally:
+            server.stop()
+
+
+@contextmanager
+def new_database(server_url: str, options: str = "") -> Iterator[str]:
+    """The connection string of a new and empty database, which is dropped after the block.
+
+    Options are those of CREATE DATABASE.
+    """
     name = f"test_{uuid4().hex[:12]}"
     with psycopg.connect(server_url, autocommit=True) as conn:
         # template0 since nobody can be connected to it, which would make this fail.
-        conn.execute(f"CREATE DATABASE {name} TEMPLATE template0".encode())
+        conn.execute(f"CREATE DATABASE {name} TEMPLATE template0 {options}".encode())
         try:
             yield make_conninfo(server_url, dbname=name)
         finally:

@@ -1,4 +1,4 @@
-"""Does a worker of lesson 07 grow? Run tens of thousands of tasks and watch its memory.
+"""Does a worker of lesson 10 grow? Run tens of thousands of tasks and watch its memory.
 
 Not a test, since it takes a minute: `python tests/soak.py [TASKS [ORDERS]]` from the root of the
 repository, on the database of the lessons. It ends with status 1 if the process grew too much.
@@ -52,7 +52,7 @@ async def do(pool: Pool, task_name: str, count: int, is_durable: bool) -> int:
 async def main() -> None:
     logging.getLogger("worker").setLevel(logging.WARNING)
     counts = [int(argument) for argument in sys.argv[1:]] or [50_000, 2_000]
-    (path,) = LESSONS.glob("07-*")
+    (path,) = LESSONS.glob("10-*")
     async with open_pool(path) as pool:
         worker = Lesson(path).worker.Worker(pool, load_queries(path))
         worker.register("noop", noop)

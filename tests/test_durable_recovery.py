@@ -342,6 +342,39 @@ async def test_however_many_steps_a_task_starts_at_once_they_hold_one_connection
         await wait_for(has_completed, "it has completed", seconds=120)
 
 
+@pytest.mark.only(7, 8, 10)
+async def test_steps_that_wait_for_their_turn_are_not_started_after_their_order_has_failed(
+    lab: Lab,
+) -> None:
+    may_go, may_fail = asyncio.Event(), asyncio.Event()
+
+    async def fails() -> None:
+        await may_fail.wait()
+        raise OSError("no luck")
+
+    async def parent(context: Any, input: Any) -> None:
+        lab.calls["parent"] += 1
+        await may_go.wait()
+        await asyncio.gather(*[context.run_task("step", n) for n in range(100)], fails())
+
+    async def waits() -> bool:
+        sql = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type"
+        return (await conn.execute(f"{sql} = 'Lock'".encode())).rowcount > 0
+
+    id = await lab.enqueue(parent)
+    async with working(lab.worker(parent, concurrency=0)):
+        await wait_for(lambda: lab.calls["parent"], "it has started")
+        async with await open_connection(lab.pool) as conn, conn.transaction():
+            await conn.execute("SELECT FROM tasks WHERE id = %s FOR UPDATE", [id])
+            may_go.set()
+            await wait_for(waits, "a step waits for the lock")
+            may_fail.set()
+            await asyncio.sleep(0.2)
+        assert (await finished(lab.pool, id))["status"] == "FAILED"
+    # Those that had a connection were on their way already.
+    assert len(await lab.children(id)) <= (lab.pool.max_size if lab.lesson.number < 8 else 1)
+
+
 async def test_a_later_attempt_waits_for_the_child_that_still_runs(lab: Lab) -> None:
     child_runs, child_may_end = asyncio.Event(), asyncio.Event()
 

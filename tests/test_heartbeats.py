@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -29,7 +30,8 @@ from helpers import (
     worker_process,
     working,
 )
-from shared import Pool, open_connection
+from lesson_loader import Lesson
+from shared import Pool, load_queries, open_connection, open_pool
 
 # The heartbeat of lessons 05 to 07 is that of 04, and that of 09 is that of 08; see test_tables.py.
 pytestmark = [pytest.mark.since(4), pytest.mark.only(4, 8, 10)]
@@ -420,10 +422,11 @@ async def test_a_worker_that_has_just_started_gives_others_time_to_beat(
     """After an outage everybody's heartbeat is old."""
     id = await add_running_task(pool, await add_worker(pool, seconds_ago=60))
     began = time.monotonic()
-    settings = QUICK | {"INACTIVE_AFTER": 2.0}
+    time_to_beat = 2.0 if lesson.number >= 8 else 10.0  # a busy machine must not look patient
+    settings = QUICK | {"INACTIVE_AFTER": time_to_beat}
     async with working(make_worker(lesson, pool, queries, echo, **settings)):
         await finished(pool, id)
-    assert time.monotonic() - began >= 1.8
+    assert time.monotonic() - began >= 0.9 * time_to_beat
 
 
 @pytest.mark.since(8)
@@ -445,6 +448,60 @@ async def test_a_worker_that_was_out_of_touch_gives_others_time_to_beat(
         async with alive(pool, other_worker):
             await wait_for_beats(pool, beats=15)
             assert (await get_task(pool, others))["status"] == "RUNNING"
+
+
+@pytest.mark.since(8)
+@pytest.mark.only(10)
+async def test_a_clock_that_is_set_back_costs_nobody_a_task(
+    lesson: Any, database: str, tmp_path: Path
+) -> None:
+    """The clock of Postgres, or that of the server that takes over from it."""
+    lesson = with_a_clock(lesson.path, tmp_path)
+    release = asyncio.Event()
+    calls = 0
+
+    async def gated(input: Any) -> None:
+        nonlocal calls
+        calls += 1
+        await release.wait()
+
+    async with open_pool(lesson.path) as pool:
+        queries = load_queries(lesson.path)
+        ids = [await enqueue(pool, "gated") for _ in range(4)]
+        workers = [
+            make_worker(lesson, pool, queries, gated, concurrency=2, **QUICK) for _ in range(2)
+        ]
+        async with working(*workers):
+            await wait_for(lambda: calls == 4, "all have started")
+            await asyncio.sleep(2 * INACTIVE_AFTER)  # by now they judge each other
+            async with pool.connection() as conn, conn.transaction():
+                # The first one judges for a while by a beat of before, the other beats again.
+                lock = "SELECT FROM workers WHERE id = %s FOR NO KEY UPDATE"
+                await conn.execute(lock, [workers[0].id])
+                await execute(pool, "UPDATE clock_offset SET seconds = '-1 hour'")
+                await asyncio.sleep(0.5 * INACTIVE_AFTER)
+            await asyncio.sleep(1.5 * INACTIVE_AFTER)
+            release.set()
+            rows = [await finished(pool, id) for id in ids]
+    assert {row["attempt"] for row in rows} == {1}
+    assert calls == 4
+
+
+def with_a_clock(path: Path, place: Path) -> Lesson:
+    """A copy of a lesson whose now() is a clock that can be set."""
+    copy = place / path.name
+    shutil.copytree(path, copy)
+    for name in ("schema.sql", "queries.sql"):
+        text = (copy / name).read_text()
+        (copy / name).write_text(text.replace("now()", "clock()"))
+    clock = """
+        CREATE TABLE clock_offset (seconds INTERVAL NOT NULL);
+        INSERT INTO clock_offset VALUES ('0');
+        CREATE FUNCTION clock() RETURNS TIMESTAMPTZ STABLE LANGUAGE sql
+            AS 'SELECT now() + seconds FROM clock_offset';
+    """
+    (copy / "schema.sql").write_text(clock + (copy / "schema.sql").read_text())
+    return Lesson(copy)
 
 
 @pytest.mark.since(10)

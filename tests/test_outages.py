@@ -8,10 +8,11 @@ import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from helpers import (
     DEADLINE,
@@ -319,6 +320,7 @@ async def test_a_worker_survives_a_restart_of_the_server(
     assert sorted(started) == list(range(10))
 
 
+@pytest.mark.only(10)
 async def test_a_worker_survives_a_server_that_is_read_only_for_a_while(
     lesson: Any, own_pool: Pool, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -330,22 +332,27 @@ async def test_a_worker_survives_a_server_that_is_read_only_for_a_while(
         await release.wait()
         return input
 
+    # The pool has no connection to a server that is read-only.
+    url = make_conninfo(cast(str, own_pool.conninfo), target_session_attrs="any")
+    conn = await psycopg.AsyncConnection.connect(url, autocommit=True)
+
     async def make_read_only(value: str) -> None:
-        await execute(own_pool, f"ALTER SYSTEM SET default_transaction_read_only = {value}")
-        await execute(own_pool, "SELECT pg_reload_conf()")
+        await conn.execute(f"ALTER SYSTEM SET default_transaction_read_only = {value}".encode())
+        await conn.execute("SELECT pg_reload_conf()")
 
     id = await enqueue(own_pool, "gated", 1)
     waiting = await enqueue(own_pool, "gated", 2)
     settings = ALONE | {"concurrency": 1}
     worker = make_worker(lesson, own_pool, load_queries(lesson.path), gated, **settings)
-    async with working(worker):
+    async with conn, working(worker):
         await asyncio.wait_for(started.wait(), DEADLINE)
         await make_read_only("on")
         try:
             await wait_for(lambda: "read-only" in caplog.text, "the worker has noticed")
             release.set()
             await wait_for(lambda: "trying again" in caplog.text, "the outcome is refused")
-            assert (await get_task(own_pool, id))["status"] == "RUNNING"
+            cursor = await conn.execute("SELECT status FROM tasks WHERE id = %s", [id])
+            assert await cursor.fetchone() == ("RUNNING",)
         finally:
             await make_read_only("off")
         rows = [await finished(own_pool, id), await finished(own_pool, waiting)]

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 from collections import Counter
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -209,6 +210,55 @@ async def test_slots_that_come_free_are_filled_at_once_while_work_waits(
         await asyncio.sleep(3 * QUICK["HEARTBEAT_INTERVAL"])  # the waits that had begun are over
         gate.open.set()
         await all_completed(pool, tasks)
+
+
+class WaitsWithAnAnswer:
+    """A lesson's queries; while `pause` is set, a claim waits for it with its answer."""
+
+    def __init__(self, queries: Any) -> None:
+        self.queries = queries
+        self.pause: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.queries, name)
+
+    async def poll_tasks(self, conn: Any, **values: Any) -> AsyncIterator[Any]:
+        rows = [row async for row in self.queries.poll_tasks(conn, **values)]
+        pause, self.pause = self.pause, None
+        if pause:
+            await pause()
+        for row in rows:
+            yield row
+
+
+@pytest.mark.since(3)
+@pytest.mark.only(3, 10)
+async def test_a_slot_that_comes_free_during_a_claim_is_filled_at_once_too(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    started: list[int] = []
+    gates = [asyncio.Event() for _ in range(3)]
+
+    async def gated(input: int) -> None:
+        started.append(input)
+        await gates[input].wait()
+
+    async def end_the_first() -> None:
+        set_globals(lesson, dict.fromkeys(QUICK, NO_TICK))
+        gates[0].set()
+        await finished(pool, first)
+        await asyncio.sleep(0.1)
+
+    waiting = WaitsWithAnAnswer(queries)
+    first = await enqueue(pool, "gated", 0)
+    for n in (1, 2):
+        await enqueue(pool, "gated", n)
+    async with working(make_worker(lesson, pool, waiting, gated, concurrency=2, **QUICK)):
+        await wait_for(lambda: len(started) == 2, "both slots are taken")
+        waiting.pause = end_the_first
+        await wait_for(lambda: len(started) == 3, "the third has started")
+        for gate in gates:
+            gate.set()
 
 
 @pytest.mark.since(2)
@@ -487,6 +537,26 @@ async def test_a_non_retryable_error_fails_at_once(
     assert (row["status"], row["attempt"], row["retry_count"]) == ("FAILED", 1, 0)
     message = "no such address" if how == "behind" else "nobody is not an address"
     assert message in row["output"]["error"]
+
+
+@pytest.mark.since(4)
+async def test_a_function_whose_own_task_group_failed_fails_like_any_other(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    """Python 3.11 and 3.12 leave the asyncio task that ran the group marked as being cancelled."""
+    calls = 0
+
+    async def fork(input: Any) -> None:
+        nonlocal calls
+        calls += 1
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fail(input))
+
+    id = await enqueue(pool, "fork", max_retries=1)
+    async with working(make_worker(lesson, pool, queries, fork)):
+        row = await finished(pool, id)
+    assert (row["status"], row["retry_count"], calls) == ("FAILED", 1, 2)
+    assert "the mail server hung up" in row["output"]["error"]
 
 
 @pytest.mark.since(4)

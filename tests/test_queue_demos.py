@@ -224,7 +224,7 @@ async def test_breaks_03_leaves_the_tasks_of_a_killed_worker_running(
     lesson: Any, database: str
 ) -> None:
     for out in await breaks_twice(lesson):
-        assert len(re.findall(r"\{'seconds': 60\} +RUNNING", out)) == 3
+        assert len(re.findall(r"\{'seconds': 5\} +RUNNING", out)) == 3
         assert len(re.findall(r"\{'seconds': 6\} +COMPLETED", out)) == 1
     for tasks in tasks_by_run(lesson, database):
         assert [task["status"] for task in tasks] == ["FAILED"] * 3 + ["COMPLETED"]

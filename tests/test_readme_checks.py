@@ -165,6 +165,8 @@ def test_the_list_of_unchecked_blocks(root: Path, monkeypatch: pytest.MonkeyPatc
         ("01:15:15.140 INFO  worker vm:9637", "23:00:00.001 INFO  worker vm:1"),
         ("2026-11-23 01:15:28.206325+00 | x", "2027-01-01 01:15:28+00 | x"),
         ("took 12 ms or 1.5 s", "took 3.2 ms or 0.7 s"),
+        ("Postgres  18.4", "Postgres  18.6 (Debian 18.6-1.pgdg13+2)"),
+        ("Python    3.11.7", "Python    3.14.0rc2+"),
         ("Seq Scan (cost=0.1..2 rows=3 width=4)", "Seq Scan (cost=0.2..3 rows=9 width=9)"),
         ("(actual time=0.1..0.2 rows=100.00 loops=1)", "(actual time=3..4 rows=100 loops=1)"),
         (" a |  b \n---+----", " a | b \n---+---"),
@@ -337,12 +339,15 @@ def test_form(root: Path) -> None:
     assert not list(structure_problems(write(root, right)))
     folded = right.replace("## Building it\n", f"## Building it\n\n### More\n\n{answer()}")
     assert not list(structure_problems(write(root, folded)))
+    long = right.replace("</details>", "filler\n" * 600 + "</details>", 1)
+    assert not list(structure_problems(write(root, long)))
     for wrong, message in [
         (right.replace("## The idea", "## Idea"), "the headings"),
         (right.replace("## Run it\n\n## Diff it", "## Diff it\n\n## Run it"), "the headings"),
         (right.replace("# Title", "Title"), "a title"),
         (right.replace("filler\n", ""), "lines, not 150"),
-        (right + "\nfiller" * 600, "lines, not 150"),
+        (right + "\nfiller" * 900, "lines, not 150"),
+        (long + "\nfiller" * 600, "lines, not 150"),
         (right.replace("### One\n", "", 1), "<details> is for the answer"),
         (right.replace("## Run it\n", f"## Run it\n\n{answer()}"), "<details> is for the answer"),
         (right.replace("<details>", "").replace("</details>", ""), "0 <details>"),

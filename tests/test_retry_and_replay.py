@@ -217,6 +217,17 @@ async def test_a_refused_retry_names_the_task_that_went_on_and_its_child(lab: Re
         await lab.retry(id)
 
 
+async def test_a_compensation_is_seen_although_the_child_was_ended_by_hand(lab: ResetLab) -> None:
+    """Then it may lack the time of its end."""
+    id = await enqueue(lab.pool, "compensates", ["fails"], is_durable=True)
+    async with working(lab.worker(compensates)):
+        (child,) = await wait_for(lambda: lab.children(id), "the child is recorded")
+        await execute(lab.pool, "UPDATE tasks SET status = 'FAILED' WHERE id = %s", child["id"])
+        assert (await finished(lab.pool, id))["status"] == "FAILED"
+    with pytest.raises(ValueError, match="replay_task"):
+        await lab.retry(id)
+
+
 async def test_a_branch_that_went_on_meanwhile_makes_a_retry_refuse_too(lab: ResetLab) -> None:
     """The log does not tell it from a compensation."""
     failed: list[BaseException] = []

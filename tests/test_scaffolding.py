@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 
@@ -25,6 +28,55 @@ def test_docker_comes_before_the_embedded_server() -> None:
 
 def test_without_docker_the_server_is_embedded() -> None:
     assert choose_server({"TEST_DATABASE_URL": ""}, lambda: False) == "embedded"
+
+
+class Engine(BaseHTTPRequestHandler):
+    """A Docker engine that answers, but has no image and no way to get one."""
+
+    def do_GET(self) -> None:
+        known = {"_ping": b"OK", "version": b'{"ApiVersion": "1.50"}'}
+        content = known.get(self.path.rpartition("/")[2])
+        self.send_response(404 if content is None else 200)
+        self.end_headers()
+        self.wfile.write(content or b'{"message": "no such host:\\nregistry"}')
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+def test_docker_that_cannot_get_the_image_is_one_line_and_the_server_is_embedded() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Engine) as engine:
+        Thread(target=engine.serve_forever, daemon=True).start()
+        end = run_one_test(docker=f"tcp://127.0.0.1:{engine.server_port}")
+        engine.shutdown()
+    assert end.returncode == 0, end
+    (line,) = [line for line in end.stderr.splitlines() if "Docker" in line]
+    assert "no such host: registry" in line
+    assert "postgres: embedded" in end.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
+def test_without_any_server_there_is_one_clear_line() -> None:
+    # Too little for the files of a Postgres.
+    end = run_one_test("sh", "-c", 'ulimit -f 100; exec "$@"', "sh", docker="unix:///nowhere")
+    assert end.returncode == pytest.ExitCode.USAGE_ERROR
+    (line,) = filter(None, end.stderr.splitlines())
+    assert line.startswith("ERROR: ")
+    assert "embedded Postgres" in line
+
+
+def run_one_test(*wrapper: str, docker: str) -> subprocess.CompletedProcess[str]:
+    """Run pytest, which has to find or start a server, with the Docker at this address."""
+    test = [f"{TESTS}/test_scaffolding.py", "-k", "comes_first"]
+    return subprocess.run(
+        [*wrapper, sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", *test],
+        cwd=TESTS.parent,
+        env=os.environ | {"DOCKER_HOST": docker, "TEST_DATABASE_URL": ""},
+        capture_output=True,
+        text=True,
+    )
 
 
 def make_lesson(parent: Path, name: str) -> Path:
@@ -102,14 +154,17 @@ def run_sample(directory: Path, *lessons: Path) -> dict[str, str]:
         text=True,
     )
     summary = end.stdout.partition("short test summary info")[2]
-    lines = [line.split() for line in summary.splitlines() if "::" in line]
-    return {words[1].partition("::")[2]: words[0] for words in lines}
+    # "PASSED path/of/file::name - reason", and the path may have spaces.
+    lines = [line.partition("::") for line in summary.splitlines() if "::" in line]
+    return {after.split()[0]: before.split()[0] for before, _, after in lines}
 
 
 def test_which_tests_run_on_a_lesson(tmp_path: Path) -> None:
-    paths = [make_lesson(tmp_path, name) for name in ("02-a", "03-b", "04-c")]
+    directory = tmp_path / "wherever it is, ümlaut or not"
+    directory.mkdir()
+    paths = [make_lesson(directory, name) for name in ("02-a", "03-b", "04-c")]
     # Of what does not hold for a lesson nothing is to be seen, not even as skipped.
-    assert run_sample(tmp_path, *paths) == {
+    assert run_sample(directory, *paths) == {
         "test_came_before[02-a]": "PASSED",
         "test_holds[03-b]": "XFAIL",
         "test_holds[04-c]": "PASSED",

@@ -6,8 +6,9 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -15,10 +16,23 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import PoolClosed, PoolTimeout
 
-from programs import outcome, run_program, small_lesson, start_program
-from shared import EmbeddedPostgres, database_url, load_queries, open_connection, open_pool
-from shared.database import without_password
+from helpers import execute
+from programs import DEADLINE, outcome, run_program, small_lesson, start_program
+from relay import Mode, relay
+from server import new_database
+from shared import (
+    Connection,
+    EmbeddedPostgres,
+    Pool,
+    database_url,
+    is_away,
+    load_queries,
+    open_connection,
+    open_pool,
+)
+from shared.database import explain, without_password
 from shared.schema import schema_name, statements
+from shared.session import settings
 
 OPEN_POOL = """
 async def main():
@@ -83,6 +97,77 @@ async def test_who_waits_in_vain_for_a_connection_takes_none_away(
         await pool.getconn()
 
 
+async def test_waiting_for_ones_turn_has_no_limit(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many are before us: that is overload, and no outage."""
+    monkeypatch.setattr("shared.database.POOL_TIMEOUT", 0.1)
+    async with open_pool(small_lesson(tmp_path)) as pool:
+        held = [await pool.getconn(DEADLINE) for _ in range(pool.max_size)]
+        waiting = asyncio.create_task(pool.getconn())
+        await asyncio.sleep(0.5)
+        assert not waiting.done()
+        for conn in held:
+            await pool.putconn(conn)
+        await pool.putconn(await waiting)
+
+
+async def test_a_connection_that_cannot_be_had_when_it_is_ones_turn_is_an_outage(
+    own_server: EmbeddedPostgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", own_server.url())
+    monkeypatch.setattr("shared.database.POOL_TIMEOUT", 0.1)
+    async with open_pool(small_lesson(tmp_path)) as pool:
+        own_server.shut_down()
+        with pytest.raises(PoolTimeout) as caught:
+            await asyncio.wait_for(pool.getconn(), DEADLINE)
+        assert is_away(caught.value)
+        own_server.launch()
+
+
+async def backends(pool: Pool) -> set[int]:
+    """The server's processes behind all the connections that a pool may have."""
+    connections = [await pool.getconn() for _ in range(pool.max_size)]
+    for conn in connections:
+        await pool.putconn(conn)
+    return {conn.info.backend_pid for conn in connections}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["default_transaction_read_only = on", "TimeZone = 'Europe/Berlin'", "search_path = public"],
+)
+async def test_a_connection_that_is_not_what_it_was_is_not_kept(
+    setting: str, database: str, tmp_path: Path
+) -> None:
+    async with open_pool(small_lesson(tmp_path)) as pool:
+        before = await backends(pool)
+        async with pool.connection() as conn, conn.transaction():
+            if conn.info.parameter_status(setting.split()[0]) is None:
+                pytest.skip("this version of Postgres does not tell when it changes")
+            await conn.execute(f"SET LOCAL {setting}".encode())
+        assert await backends(pool) == before
+        async with pool.connection() as conn:
+            await conn.execute(f"SET {setting}".encode())
+            changed = conn.info.backend_pid
+        after = await backends(pool)
+    assert len(before) == len(after) == pool.max_size
+    assert before - after == {changed}
+
+
+async def test_a_connection_on_which_a_write_was_refused_is_not_kept(
+    database: str, tmp_path: Path
+) -> None:
+    """As on a standby of a version that does not tell that it is one."""
+    async with open_pool(small_lesson(tmp_path)) as pool:
+        before = await backends(pool)
+        write = "BEGIN READ ONLY; INSERT INTO notes VALUES ('x')"
+        with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+            await execute(pool, write)
+        after = await backends(pool)
+    assert len(before - after) == 1
+
+
 async def test_options_in_the_url_are_kept(
     database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,26 +182,90 @@ async def test_options_in_the_url_are_kept(
 
 
 async def test_settings_of_a_server_that_the_lessons_cannot_work_with(
+    database: str, tmp_path: Path
+) -> None:
+    for setting in (
+        "timezone = 'Europe/Berlin'",
+        "intervalstyle = 'iso_8601'",
+        "datestyle = 'SQL, DMY'",
+        "default_transaction_isolation = 'repeatable read'",
+        "synchronous_commit = off",
+    ):
+        alter_database(database, f"SET {setting}")
+    async with open_pool(small_lesson(tmp_path)) as pool, pool.connection() as conn:
+        assert await differing_settings(conn) == {}
+        row = await one_row(
+            conn,
+            "SELECT INTERVAL '-1.5 s' AS delay, TIMESTAMPTZ 'epoch' AS time, "
+            # The night in which the clocks go forward in Berlin.
+            "TIMESTAMPTZ '2026-03-28 12:00+0' + INTERVAL '1 day' AS next_day",
+        )
+    assert row.pop("time").timestamp() == 0
+    assert row == {
+        "delay": timedelta(seconds=-1.5),
+        "next_day": datetime(2026, 3, 29, 12, tzinfo=UTC),
+    }
+
+
+OVERRIDING = {
+    "PGTZ": "Europe/Berlin",
+    "PGDATESTYLE": "SQL, DMY",
+    "PGCLIENTENCODING": "LATIN1",
+    "PGOPTIONS": "-c intervalstyle=iso_8601",
+    "PGTARGETSESSIONATTRS": "standby",
+    "PGHOSTADDR": "127.0.0.99",
+}
+
+
+async def test_settings_in_the_environment_that_the_lessons_cannot_work_with(
     database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DATABASE_URL", database)
-    with psycopg.connect(database, autocommit=True) as conn:
-        (name,) = conn.execute("SELECT current_database()").fetchone() or ()
-        for setting in (
-            "intervalstyle = 'iso_8601'",
-            "datestyle = 'SQL, DMY'",
-            "default_transaction_isolation = 'repeatable read'",
-        ):
-            conn.execute(f'ALTER DATABASE "{name}" SET {setting}'.encode())
+    for name, value in OVERRIDING.items():
+        monkeypatch.setenv(name, value)
+    async with (
+        open_pool(small_lesson(tmp_path)) as pool,
+        pool.connection() as conn,
+        await open_connection(pool) as other,
+    ):
+        assert await differing_settings(conn) == await differing_settings(other) == {}
+        assert conn.info.encoding == other.info.encoding == "utf-8"
+
+
+async def test_options_in_the_url_do_not_win(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = "-c search_path=public -c timezone=Europe/Berlin"
+    monkeypatch.setenv(
+        "DATABASE_URL", make_conninfo(database, options=options, client_encoding="LATIN1")
+    )
     async with open_pool(small_lesson(tmp_path)) as pool, pool.connection() as conn:
-        cursor = await conn.execute(
-            "SELECT current_setting('transaction_isolation') AS isolation, "
-            "INTERVAL '-1.5 s' AS delay, TIMESTAMPTZ 'epoch' AS time"
-        )
-        row = await cursor.fetchone()
+        assert await differing_settings(conn) == {}
+        assert conn.info.encoding == "utf-8"
+
+
+def alter_database(url: str, what: str) -> None:
+    """ALTER DATABASE of the one at this URL, and let go of it."""
+    with psycopg.connect(url, autocommit=True) as conn:
+        name = sql.Identifier(conn.info.dbname)
+        conn.execute(sql.SQL("ALTER DATABASE {} ").format(name) + sql.SQL(what))
+
+
+async def differing_settings(conn: Connection) -> dict[str, str]:
+    """The settings of a connection that are not what lesson 07 relies on."""
+    expected = settings("lesson_07")
+    cursor = await conn.execute(
+        "SELECT name, current_setting(name) AS value FROM unnest(%s::text[]) AS name",
+        [list(expected)],
+    )
+    found = {row["name"]: row["value"] async for row in cursor}
+    assert found.keys() == expected.keys()
+    return {name: value for name, value in found.items() if value != expected[name]}
+
+
+async def one_row(conn: Connection, statement: str, *parameters: Any) -> dict[str, Any]:
+    row = await (await conn.execute(statement.encode(), parameters or None)).fetchone()
     assert row
-    assert row.pop("time").timestamp() == 0
-    assert row == {"isolation": "read committed", "delay": timedelta(seconds=-1.5)}
+    return row
 
 
 def test_database_url_is_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,6 +502,78 @@ def test_a_database_that_never_answers(silent_port: int, tmp_path: Path) -> None
 def test_a_database_that_does_not_exist(database: str, tmp_path: Path) -> None:
     url = make_conninfo(database, dbname="nosuchdatabase")
     assert "nosuchdatabase" in error_line(url, small_lesson(tmp_path))
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_a_database_of_another_encoding(encoding: str, server_url: str, tmp_path: Path) -> None:
+    with new_database(server_url, f"ENCODING '{encoding}' LOCALE 'C'") as url:
+        line = error_line(url, small_lesson(tmp_path))
+        assert f"is {encoding}, and the lessons need UTF8" in line
+        assert tables(url) == []
+
+
+def test_a_standby(own_server: EmbeddedPostgres, tmp_path: Path) -> None:
+    lesson = small_lesson(tmp_path)
+    url = own_server.url()
+    assert run_program(OPEN_POOL, lesson, database_url=url).stdout == "opened\n"
+    own_server.shut_down()
+    (own_server.data / "standby.signal").touch()
+    own_server.launch()
+    assert "session is read-only" in error_line(url, lesson)
+    either = make_conninfo(url, target_session_attrs="any")
+    assert run_program(OPEN_POOL, lesson, database_url=either).stdout == "opened\n"
+
+
+def tables(url: str) -> list[str]:
+    """The tables of a database."""
+    with psycopg.connect(url) as conn:
+        cursor = conn.execute(
+            "SELECT schemaname || '.' || tablename FROM pg_tables "
+            "WHERE schemaname NOT IN ('pg_catalog', 'information_schema')"
+        )
+        return [name for (name,) in cursor]
+
+
+async def through_relay(
+    mode: Mode, url: str, lesson: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Open and use a pool on connections that such a pooler makes."""
+    async with relay(url, mode) as relayed:
+        monkeypatch.setenv("DATABASE_URL", relayed)
+        await notes(lesson, add="x")
+
+
+async def test_a_pooler_that_leaves_out_options_is_refused(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=r"search_path is .* not 'lesson_07'") as caught:
+        await through_relay(
+            "session without options", database, small_lesson(tmp_path), monkeypatch
+        )
+    assert "ignore_startup_parameters" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert tables(database) == []
+
+
+async def test_a_pooler_in_transaction_mode_is_refused(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match="transaction mode") as caught:
+        await through_relay("transaction", database, small_lesson(tmp_path), monkeypatch)
+    assert "\n" not in str(caught.value)
+    assert tables(database) == []
+
+
+async def test_a_pooler_that_gives_each_client_a_session_will_do(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await through_relay("session", database, small_lesson(tmp_path), monkeypatch)
+    assert tables(database) == ["lesson_07.notes"]
+
+
+def test_a_pooler_that_refuses_options(database: str) -> None:
+    error = psycopg.OperationalError("FATAL:  unsupported startup parameter: options")
+    assert "Let DATABASE_URL lead to Postgres itself" in explain(error)
 
 
 @pytest.fixture

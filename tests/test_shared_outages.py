@@ -38,6 +38,7 @@ NOT_AWAY = [
     TimeoutError(),
     ConnectionError(),
     asyncio.CancelledError(),
+    ExceptionGroup("of a worker", [psycopg.OperationalError()]),
 ]
 
 
@@ -153,6 +154,27 @@ async def test_who_waits_for_a_connection_gets_it_after_a_longer_outage(
     async with asyncio.timeout(DEADLINE):
         await own_pool.putconn(await waiting)
         await add_note(own_pool)
+
+
+async def test_a_server_that_can_only_be_read_is_an_outage_too(
+    own_server: EmbeddedPostgres, own_pool: Pool
+) -> None:
+    """As after a failover, while the address still leads to the old primary, a standby by now."""
+    await fill(own_pool)
+    with psycopg.connect(own_server.url(), autocommit=True) as conn:
+        conn.execute("ALTER DATABASE postgres SET default_transaction_read_only = on")
+        conn.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = 'postgres' AND pid <> pg_backend_pid()"
+        )
+        adding = asyncio.create_task(keep_trying(lambda: add_note(own_pool)))
+        await asyncio.sleep(1)
+        assert not adding.done()
+        conn.execute("ALTER DATABASE postgres RESET default_transaction_read_only")
+    async with asyncio.timeout(DEADLINE):
+        await adding
+        for _ in range(own_pool.max_size):
+            await add_note(own_pool)
 
 
 async def test_lost_connections_are_not_handed_out(own_pool: Pool) -> None:

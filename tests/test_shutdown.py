@@ -160,6 +160,33 @@ async def test_cancelling_start_puts_tasks_back_without_a_grace(
     await check_put_back(pool, id)
 
 
+async def test_a_second_cancellation_while_functions_tidy_up_puts_their_tasks_back_all_the_same(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    """As with a second signal that comes when the grace is over."""
+    started, tidying, end = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def tidy(input: Any) -> None:
+        try:
+            started.set()
+            await asyncio.sleep(FOR_EVER)
+        finally:
+            tidying.set()
+            await end.wait()
+
+    id = await enqueue(pool, "tidy")
+    worker = make_worker(lesson, pool, queries, tidy, SHUTDOWN_GRACE=DEADLINE)
+    start = asyncio.create_task(worker.start(QUEUE))
+    await started.wait()
+    for _ in range(2):
+        start.cancel()
+        await tidying.wait()
+    await asyncio.wait({start}, timeout=DEADLINE)
+    assert start.done()
+    await check_put_back(pool, id)
+    end.set()
+
+
 async def test_a_signal_lets_start_return(lesson: Any, pool: Pool, queries: Any) -> None:
     """At once, not after the next poll. And the handlers of before are back."""
 

@@ -38,8 +38,8 @@ TASKS = {
     7: [("is_durable", "boolean", False, True)],
     10: [("lost_count", "integer", False, True)],
 }
-# From lesson 10 on the types of the two timeouts are domains.
-DOMAINS = {"interval": "timeout_interval", "timestamp with time zone": "timeout_time"}
+# From lesson 10 on times and intervals are domains.
+DOMAINS = {"interval": "readable_interval", "timestamp with time zone": "readable_time"}
 
 FEW = pytest.mark.only(2, 4, 7, 10)  # the lessons in which these tables change
 
@@ -74,7 +74,7 @@ async def test_tasks_and_its_model_have_the_columns_of_their_lesson(
     expected = [column for since in TASKS if since <= lesson.number for column in TASKS[since]]
     if lesson.number >= 10:
         expected = [
-            (name, DOMAINS[type] if "timeout" in name else type, nullable, has_default)
+            (name, DOMAINS.get(type, type), nullable, has_default)
             for name, type, nullable, has_default in expected
         ]
     assert await columns_of(pool, "tasks") == expected

@@ -60,7 +60,7 @@ async def finished_tasks(pool: Pool, queries: Queries) -> list[Task]:
     async def all_finished() -> bool:
         return all(task.finished_at for task in await read_tasks(pool, queries))
 
-    await wait_until(all_finished, "all tasks have finished", seconds=30)
+    await wait_until(all_finished, "all tasks have finished", seconds=60)
     return await read_tasks(pool, queries)
 
 
@@ -90,7 +90,8 @@ async def one_task(pool: Pool, queries: Queries) -> None:
 
 async def breaks(pool: Pool, queries: Queries) -> None:
     logging.getLogger("worker").setLevel(logging.WARNING)  # else it says 800 lines
-    await pool.resize(pool.max_size)  # what the worker itself needs is open from now on
+    # A connection is an open file, too. Open all of them now: the limit is for the tasks' files.
+    await pool.resize(pool.max_size)
     await pool.wait()
     limit_open_files()
     await enqueue(pool, queries, "resize_image", [{"image": image} for image in range(TASKS)])

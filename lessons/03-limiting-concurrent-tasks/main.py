@@ -72,7 +72,7 @@ async def finished_tasks(pool: Pool, queries: Queries) -> list[Task]:
     async def all_finished() -> bool:
         return all(task.finished_at for task in await read_tasks(pool, queries))
 
-    await wait_until(all_finished, "all tasks have finished", seconds=30)
+    await wait_until(all_finished, "all tasks have finished", seconds=60)
     return await read_tasks(pool, queries)
 
 
@@ -111,10 +111,13 @@ async def a_thousand_tasks(pool: Pool, queries: Queries) -> None:
 
 
 async def breaks(pool: Pool, queries: Queries) -> None:
-    await enqueue(pool, queries, "write_report", [{"seconds": 60}] * 3)
+    await enqueue(pool, queries, "write_report", [{"seconds": 5}] * 3)
 
     async def all_are_running() -> bool:
-        return all(task.status == "RUNNING" for task in await read_tasks(pool, queries))
+        if any(task.status != "RUNNING" for task in await read_tasks(pool, queries)):
+            return False
+        await asyncio.sleep(0.5)  # the other process still has to log it
+        return True
 
     process = start_process(QUEUE)
     try:

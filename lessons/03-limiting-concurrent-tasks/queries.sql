@@ -16,9 +16,10 @@ WHERE queue = :queue
 ORDER BY id;
 
 -- name: poll_tasks(queue, task_names, limit)
--- Claim the oldest queued tasks that have one of these names. SKIP LOCKED passes over rows that another
--- worker is claiming at this moment: two workers never wait for each other, and never get the same
--- task. NO KEY is the lock that an UPDATE takes, and keeps no one from referring to the row.
+-- Claim the oldest queued tasks that have one of these names. SKIP LOCKED passes over rows that
+-- another worker is claiming at this moment: two workers never wait for each other, and never get
+-- the same task. NO KEY is the lock that an UPDATE takes, and keeps no one from referring to the
+-- row.
 WITH picked AS (
     SELECT id
     FROM tasks

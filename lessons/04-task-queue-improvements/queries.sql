@@ -1,5 +1,6 @@
 -- name: create_task(queue, task_name, input, max_retries, timeout, schedule_timeout, priority)^
--- Enqueue one task. The time of its schedule timeout is made by Postgres, whose clock will judge it.
+-- Enqueue one task. The time of its schedule timeout is made by Postgres, by whose clock it is
+-- judged.
 INSERT INTO tasks (queue, task_name, input, max_retries, timeout, schedule_timeout_at, priority)
 VALUES (
     :queue, :task_name, :input, :max_retries, :timeout,

@@ -20,7 +20,7 @@ class EventLog:
         """Append an event, or find the one that an earlier attempt has appended.
 
         The caller holds the transaction. Returns the event, and whether it was recorded already.
-        Raises TaskNotOwnedError if `task` is not running in the attempt that `task` names.
+        Raises TaskNotOwnedError if `task.attempt` is not the running attempt of its task.
         """
         owned = await self.queries.lock_task(
             conn, id=task.id, worker_id=task.worker_id, attempt=task.attempt
@@ -30,7 +30,8 @@ class EventLog:
                 f"task {task.id} is not owned by attempt {task.attempt} any more"
             )
 
-        # A statement of its own: one that waits for a lock reads the log as it was before that.
+        # Not joined to the lock: a statement that has to wait for a lock still sees the log as it
+        # was before the wait.
         row = await self.queries.get_event(conn, task_id=task.id, event_id=event_id)
         if row is not None:
             return DurableEvent(**row), True

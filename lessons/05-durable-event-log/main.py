@@ -27,14 +27,11 @@ QUEUE = f"demo-{os.getpid()}"  # its own for each run, so that two at once do no
 
 
 class Demo:
-    """A queue with one order, and what a worker that knows the event log does: ours does not yet.
-
-    `shop` is a pool for what the steps do, which is none of the engine's business.
-    """
+    """A queue with one order, and what a worker would do that knows the log: ours does not yet."""
 
     def __init__(self, pool: Pool, shop: Pool, queries: Queries, queue: str) -> None:
         self.pool = pool
-        self.shop = shop
+        self.shop = shop  # what the steps do to a connection stays here
         self.queries = queries
         self.queue = queue
         self.log = EventLog(queries)
@@ -74,8 +71,8 @@ class Demo:
         await wait_until(is_queued, "the order is in the queue again", seconds=30)
         return await self.claim(worker_id)
 
-    async def has_begun(self, task: Task, event_id: int, name: str) -> bool:
-        """Whether an earlier attempt has begun a step, as the log says; if not, it says so now."""
+    async def begin(self, task: Task, event_id: int, name: str) -> bool:
+        """Record that a step begins. Returns whether an earlier attempt has begun it already."""
         async with self.pool.connection() as conn, conn.transaction():
             _, already_recorded = await self.log.append(conn, task, event_id, "TASK_STARTED")
         what = f"found: {name} has begun" if already_recorded else f"appended: {name} begins"
@@ -83,8 +80,9 @@ class Demo:
         return already_recorded
 
     async def step(self, task: Task, event_id: int, name: str) -> None:
-        """Take a step, unless an earlier attempt has begun it. Only a charge leaves a trace."""
-        if not await self.has_begun(task, event_id, name) and name == "charge_payment":
+        """Take a step, unless an earlier attempt has begun it. Only a charge does anything here."""
+        already_begun = await self.begin(task, event_id, name)
+        if name == "charge_payment" and not already_begun:
             async with self.shop.connection() as conn:
                 await self.queries.create_payment(conn, **task.input)
 

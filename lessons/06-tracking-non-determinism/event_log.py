@@ -18,7 +18,7 @@ def event_key(kind: str, task_name: str, input: Any) -> str:
 
     Raises TypeError or ValueError for an input that is not JSON.
     """
-    # To JSON and back first: that turns 1 into "1" where it is a key, so that keys can be sorted.
+    # To JSON and back first: the names in a dict become strings, and are sorted as strings.
     value = json.loads(dumps([kind, task_name, input]))
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -36,7 +36,7 @@ class EventLog:
         """Append an event, or find the one that an earlier attempt has appended.
 
         The caller holds the transaction. Returns the event, and whether it was recorded already.
-        Raises TaskNotOwnedError if `task` is not running in the attempt that `task` names,
+        Raises TaskNotOwnedError if `task.attempt` is not the running attempt of its task,
         NonDeterminismError if another event is recorded under this id.
         """
         key = event_key(kind, task_name, input)
@@ -48,15 +48,16 @@ class EventLog:
                 f"task {task.id} is not owned by attempt {task.attempt} any more"
             )
 
-        # A statement of its own: one that waits for a lock reads the log as it was before that.
+        # Not joined to the lock: a statement that has to wait for a lock still sees the log as it
+        # was before the wait.
         row = await self.queries.get_event(conn, task_id=task.id, event_id=event_id)
         if row is not None:
             event = DurableEvent(**row)
             if event.key != key:
                 raise NonDeterminismError(
                     f"task {task.id}, event {event_id}: "
-                    f"recorded is {event.kind} with key {event.key}, "
-                    f"asked for is {kind} {task_name!r} with key {key}"
+                    f"recorded is {event.kind} with key {event.key[:16]}, "
+                    f"asked for is {kind} {task_name!r} with key {key[:16]}"
                 )
             return event, True
 

@@ -2,6 +2,7 @@
 
 python main.py            one order; stop it half-way, run it again, and it goes on
 python main.py --crash    two worker processes, of which one is killed after the charge
+python main.py --stall    a worker process is stopped, and goes on when all is done
 python main.py --retry    an order fails, is mended, and goes on where it failed
 python main.py --replay   an order is completed, and then processed anew
 python main.py --breaks   the connections of a worker are cut, and all it was doing is done again
@@ -11,6 +12,7 @@ import argparse
 import asyncio
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -135,13 +137,19 @@ class Demo:
         async def is_true() -> bool:
             return condition(await self.tasks())
 
-        await wait_until(is_true, what, seconds=30)
+        await wait_until(is_true, what, seconds=60)
 
     async def wait_for(self, order: Task, status: str) -> None:
         def has_status(tasks: list[Task]) -> bool:
             return any(task.id == order.id and task.status == status for task in tasks)
 
         await self.wait_until(has_status, f"task {order.id} is {status}")
+
+    async def wait_until_charged(self, order: Task) -> None:
+        async def is_charged() -> bool:
+            return bool(await self.payments(order))
+
+        await wait_until(is_charged, "the customer is charged", seconds=60)
 
     async def follow(self) -> None:
         """Print each change of the tasks' rows, with its second, until all have finished."""
@@ -165,7 +173,7 @@ class Demo:
             events = [DurableEvent(**row) async for row in rows]
             ids = [order.id, *(event.child_task_id for event in events)]
             tasks = [Task(**await self.queries.get_task(conn, id=id)) for id in ids]
-        show("the order and its child tasks:", tasks, "id task_name status attempt retry_count")
+        show("the order and its child tasks:", tasks, "id task_name status attempt output")
         show("the event log of the order:", events, "task_id event_id kind child_task_id")
         show("the charges made:", await self.payments(order), "idempotency_key order_id amount")
 
@@ -200,19 +208,15 @@ async def status_of(process: subprocess.Popen[bytes]) -> int | None:
     async def has_ended() -> bool:
         return process.poll() is not None
 
-    await wait_until(has_ended, f"process {process.pid} has ended", seconds=30)
+    await wait_until(has_ended, f"process {process.pid} has ended", seconds=60)
     return process.returncode
 
 
 async def crash(demo: Demo) -> None:
     """Kill the worker process that has an order, after the charge: another one finishes it."""
     order = await demo.enqueue_order()
-
-    async def is_charged() -> bool:
-        return bool(await demo.payments(order))
-
     with worker_process(demo.queue) as first:
-        await wait_until(is_charged, "the customer is charged", seconds=30)
+        await demo.wait_until_charged(order)
         # The second one starts only now: before, it might have claimed the charge.
         with worker_process(demo.queue):
             first.kill()
@@ -220,6 +224,23 @@ async def crash(demo: Demo) -> None:
             await demo.follow()
     await demo.show(order)
     print("one charge, although the worker died before it could write down that it was made")
+
+
+async def stall(demo: Demo) -> None:
+    """Stop the worker process that has an order, until another one has finished it."""
+    order = await demo.enqueue_order()
+    with worker_process(demo.queue) as first:
+        await demo.wait_until_charged(order)
+        first.send_signal(signal.SIGSTOP)
+        print(f"stopped process {first.pid}, which had the order", flush=True)
+        with worker_process(demo.queue):
+            await demo.follow()
+        print(f"process {first.pid} goes on, the only worker now", flush=True)
+        first.send_signal(signal.SIGCONT)
+        another = await demo.enqueue_order()
+        await demo.wait_for(another, "COMPLETED")
+    await demo.show(order)
+    print("the order has the outcome of attempt 2; what attempt 1 came back with was dropped")
 
 
 async def retry(demo: Demo) -> None:
@@ -291,7 +312,8 @@ async def main(flags: argparse.Namespace) -> None:
     async with open_pool(LESSON) as pool, open_pool(LESSON) as shop_pool:
         demo = Demo(pool, Shop(shop_pool, queries), queries, queue)
         if flags.worker:
-            logging.getLogger("worker").setLevel(logging.WARNING)  # the demo says what happens
+            # The demo says what happens, except to an outcome that is dropped.
+            logging.getLogger("worker").addFilter(lambda line: "not ours" in line.getMessage())
             await demo.worker.start(queue)
         else:
             await flags.play(demo)
@@ -301,7 +323,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.set_defaults(play=process_one)
     choice = parser.add_mutually_exclusive_group()
-    for play in (crash, retry, replay, breaks):
+    for play in (crash, stall, retry, replay, breaks):
         name, help = f"--{play.__name__}", play.__doc__
         choice.add_argument(name, dest="play", action="store_const", const=play, help=help)
     choice.add_argument("--worker", metavar="QUEUE", help="be a worker and nothing else")

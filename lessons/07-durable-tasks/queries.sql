@@ -1,5 +1,6 @@
 -- name: create_task(queue, task_name, input, max_retries, timeout, schedule_timeout, priority, is_durable)^
--- Enqueue one task. The time of its schedule timeout is made by Postgres, whose clock will judge it.
+-- Enqueue one task. The time of its schedule timeout is made by Postgres, by whose clock it is
+-- judged.
 INSERT INTO tasks (
     queue, task_name, input, max_retries, timeout, schedule_timeout_at, priority, is_durable
 )
@@ -196,7 +197,7 @@ SELECT child.id, child.task_name, EXISTS (
     SELECT
     FROM durable_events AS later
     WHERE later.task_id = parent.id
-      AND later.inserted_at > child.finished_at
+      AND later.inserted_at > coalesce(child.finished_at, event.inserted_at)
 ) AS was_handled
 FROM tasks AS parent
 JOIN durable_events AS event ON event.task_id = parent.id

@@ -67,9 +67,6 @@ class DurableContext:
 
     async def _run_child(self, event_id: int, input: Any, options: dict[str, Any]) -> Any:
         """Start the child of this event, unless an earlier attempt has, and wait for its end."""
-        self._check_not_ended()
-        if self._non_determinism is not None:
-            raise self._non_determinism
         try:
             # One at a time: they lock the same row, and would hold connections while they wait.
             async with self._appending:
@@ -89,6 +86,7 @@ class DurableContext:
     async def _start_child(self, event_id: int, input: Any, options: dict[str, Any]) -> Task:
         """In one transaction, the event and its child: both or neither. Returns the child."""
         async with self.pool.connection() as conn, conn.transaction():
+            self._check_not_ended()  # it may have, while we waited for the connection
 
             async def create_child() -> int:
                 row = await self.queries.create_task(
@@ -116,6 +114,8 @@ class DurableContext:
         """An attempt that is being ended writes nothing more: its next one would not ask for it."""
         if self._ended or (self._attempt is not None and self._attempt.cancelling()):
             raise RuntimeError(f"attempt {self.attempt} of task {self.task_id} has ended")
+        if self._non_determinism is not None:
+            raise self._non_determinism
 
     async def run(self, function: Callable[..., Coroutine[Any, Any, Any]]) -> Any:
         """Call the task's function with this context; return its output if the log agrees with it.

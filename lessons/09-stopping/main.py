@@ -140,7 +140,7 @@ class Demo:
         async def is_true() -> bool:
             return condition(await self.tasks())
 
-        await wait_until(is_true, what, seconds=30)
+        await wait_until(is_true, what, seconds=60)
 
     async def wait_for(self, order: Task, status: str) -> None:
         def has_status(tasks: list[Task]) -> bool:
@@ -170,7 +170,7 @@ class Demo:
             events = [DurableEvent(**row) async for row in rows]
             ids = [order.id, *(event.child_task_id for event in events)]
             tasks = [Task(**await self.queries.get_task(conn, id=id)) for id in ids]
-        show("the order and its child tasks:", tasks, "id task_name status attempt retry_count")
+        show("the order and its child tasks:", tasks, "id task_name status attempt output")
         show("the event log of the order:", events, "task_id event_id kind child_task_id")
         show("the charges made:", await self.payments(order), "idempotency_key order_id amount")
 
@@ -205,7 +205,7 @@ async def status_of(process: subprocess.Popen[bytes]) -> int | None:
     async def has_ended() -> bool:
         return process.poll() is not None
 
-    await wait_until(has_ended, f"process {process.pid} has ended", seconds=30)
+    await wait_until(has_ended, f"process {process.pid} has ended", seconds=60)
     return process.returncode
 
 
@@ -217,7 +217,7 @@ async def crash(demo: Demo) -> None:
         return bool(await demo.payments(order))
 
     with worker_process(demo.queue) as first:
-        await wait_until(is_charged, "the customer is charged", seconds=30)
+        await wait_until(is_charged, "the customer is charged", seconds=60)
         # The second one starts only now: before, it might have claimed the charge.
         with worker_process(demo.queue):
             first.kill()
@@ -260,7 +260,6 @@ GRACE = 2.0  # seconds, in place of 5, so that the demos are over sooner
 
 async def stopping(demo: Demo) -> None:
     """Tell a worker to stop: it ends what it can in time, and another one has the rest at once."""
-    print(f"the SHUTDOWN_GRACE of the worker processes is {GRACE:g} seconds", flush=True)
     for seconds in (1.5, 5):
         await demo.enqueue("pack_parcel", {"seconds": seconds})
     await demo.enqueue_order()
@@ -286,7 +285,6 @@ async def end_process(input: Any) -> Any:
 
 async def breaks(demo: Demo) -> None:
     """Functions that ignore their cancellation keep a worker; one that ends its process, all."""
-    print(f"the SHUTDOWN_GRACE of the worker processes is {GRACE:g} seconds", flush=True)
     for _ in range(100):
         await demo.enqueue("ignore_cancellation", None, timeout=timedelta(seconds=1))
     with worker_process(demo.queue) as first:
@@ -316,6 +314,8 @@ async def main(flags: argparse.Namespace) -> None:
         demo = Demo(pool, Shop(shop_pool, queries), queries, queue)
         if flags.worker:
             worker.SHUTDOWN_GRACE = GRACE
+            grace = f"a SHUTDOWN_GRACE of {worker.SHUTDOWN_GRACE:g} seconds"
+            print(f"worker process {os.getpid()} has {grace}", flush=True)
             demo.worker.register("ignore_cancellation", ignore_cancellation)
             demo.worker.register("end_process", end_process)
             logging.getLogger("worker").setLevel(logging.WARNING)  # the demo says what happens

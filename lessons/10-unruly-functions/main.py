@@ -141,7 +141,7 @@ class Demo:
         async def is_true() -> bool:
             return condition(await self.tasks())
 
-        await wait_until(is_true, what, seconds=30)
+        await wait_until(is_true, what, seconds=60)
 
     async def wait_for(self, order: Task, status: str) -> None:
         def has_status(tasks: list[Task]) -> bool:
@@ -171,7 +171,7 @@ class Demo:
             events = [DurableEvent(**row) async for row in rows]
             ids = [order.id, *(event.child_task_id for event in events)]
             tasks = [Task(**await self.queries.get_task(conn, id=id)) for id in ids]
-        show("the order and its child tasks:", tasks, "id task_name status attempt retry_count")
+        show("the order and its child tasks:", tasks, "id task_name status attempt output")
         show("the event log of the order:", events, "task_id event_id kind child_task_id")
         show("the charges made:", await self.payments(order), "idempotency_key order_id amount")
 
@@ -206,7 +206,7 @@ async def status_of(process: subprocess.Popen[bytes]) -> int | None:
     async def has_ended() -> bool:
         return process.poll() is not None
 
-    await wait_until(has_ended, f"process {process.pid} has ended", seconds=30)
+    await wait_until(has_ended, f"process {process.pid} has ended", seconds=60)
     return process.returncode
 
 
@@ -218,7 +218,7 @@ async def crash(demo: Demo) -> None:
         return bool(await demo.payments(order))
 
     with worker_process(demo.queue) as first:
-        await wait_until(is_charged, "the customer is charged", seconds=30)
+        await wait_until(is_charged, "the customer is charged", seconds=60)
         # The second one starts only now: before, it might have claimed the charge.
         with worker_process(demo.queue):
             first.kill()
@@ -279,6 +279,7 @@ async def unruly(demo: Demo) -> None:
     worker.SHUTDOWN_GRACE = 1.0
     housekeeping.MAX_LOST_WORKERS = 2
     print("in this demo SHUTDOWN_GRACE is 1 second, and MAX_LOST_WORKERS is 2", flush=True)
+    await demo.enqueue("pack_parcel", {"seconds": 5})
     for function in (exit_program, ignore_cancellation, return_rubbish):
         demo.worker.register(function.__name__, function)
         await demo.enqueue(function.__name__, None, timeout=timedelta(seconds=1))
@@ -289,7 +290,6 @@ async def unruly(demo: Demo) -> None:
             with worker_process(demo.queue) as process:
                 await status_of(process)
                 print(f"worker process {process.pid} has ended", flush=True)
-        await demo.enqueue("pack_parcel", {"seconds": 1})
     show("the tasks:", await demo.tasks(), "id task_name status attempt lost_count output")
 
 

@@ -13,6 +13,9 @@ BUYS = {
     "05": "a log of what was done,\nwritten by the owner only",
     "06": "a function that changed\nmeanwhile is caught",
     "07": "functions of several steps\ngo on where they were",
+    "08": "workers outlive a database\nthat goes away",
+    "09": "workers that are told to end\nleave nobody waiting",
+    "10": "no function can stop\na worker",
 }
 # Readable on white and on black.
 INK, BAR, FLOOR = "#7d858f", "#3f8fd2", "#d9822b"
@@ -79,14 +82,14 @@ def draw_delays(axes: Any, lessons: dict[str, Any]) -> None:
 
 
 def caption(about: dict[str, Any], lessons: dict[str, Any]) -> str:
-    """The orders of lesson 07, and where it was measured."""
+    """The orders of the last lesson, and where it was measured."""
     versions = f"Python {about['python']}, psycopg {about['psycopg']}, Postgres {about['postgres']}"
     where = f"{about['cores']} cores ({about['cpu']}), {versions}, {about['date'][:10]}"
-    orders = lessons.get("07")
-    if not orders:
+    last, orders = max(lessons.items())
+    if "orders_per_s" not in orders:
         return where
     return (
-        f"07 also runs {orders['orders_per_s']:,.0f} durable orders of two steps a second, "
+        f"{last} also runs {orders['orders_per_s']:,.0f} durable orders of two steps a second, "
         f"each in {orders['tx_per_order']:.1f} transactions; a single one takes "
         f"{orders['order_ms']:.0f} ms.\n{where}"
     )

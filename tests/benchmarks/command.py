@@ -59,13 +59,12 @@ async def measure_round(book: Book, floor: Stage, stages: list[Stage]) -> None:
 
 async def measure_latencies(book: Book, stages: list[Stage], count: int) -> None:
     """All lessons at once, since their workers are idle nearly all of the time."""
-    async with asyncio.TaskGroup() as group:
-        for stage in stages:
-            prefix = f"lessons.{stage.number:02}"
-            group.create_task(measure_idle(book, prefix, stage, count, "moment"))
-    for stage in stages:
-        if stage.number >= 7:
-            await measure_idle(book, f"lessons.{stage.number:02}", stage, count, "order")
+    for task_name, first_lesson in {"moment": 2, "order": 7}.items():
+        async with asyncio.TaskGroup() as group:
+            for stage in stages:
+                if stage.number >= first_lesson:
+                    prefix = f"lessons.{stage.number:02}"
+                    group.create_task(measure_idle(book, prefix, stage, count, task_name))
 
 
 async def measure_all(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -85,10 +84,10 @@ async def measure_all(options: argparse.Namespace) -> tuple[dict[str, Any], dict
             await measure_round(book, floor, chosen)
         say("latencies")
         await measure_latencies(book, chosen, scaled(15 if options.quick else 50))
+        last = chosen[-1]
         for number in range(1, 1 if options.quick else GROWTH_ROUNDS + 1):
-            for stage in chosen:
-                say(f"growth, round {number} of {GROWTH_ROUNDS}, lesson {stage.number:02}")
-                await measure_growth(growth, floor, stage)
+            say(f"growth, round {number} of {GROWTH_ROUNDS}, lesson {last.number:02}")
+            await measure_growth(growth, floor, last)
         about, figures = await report.about(floor), report.figures(book)
         return about, figures if options.quick else figures | {"growth": report.figures(growth)}
 

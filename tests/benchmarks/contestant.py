@@ -84,7 +84,21 @@ async def work(path: Path, pool: Pool, **settings: Any) -> None:
     for function in (noop, echo, moment, order):
         worker.register(function.__name__, function)
     await begin(pool)
+    if hasattr(worker, "heartbeat"):
+        await beat(worker)
     await worker.start(QUEUE)
+
+
+async def beat(worker: Any) -> None:
+    """Beat once, as the workers of lessons 04 to 07 do before they claim.
+
+    From lesson 08 on `start` does not wait for the first beat. A claim that comes before it gets
+    nothing, and the next one comes a poll later: a tenth of what the whole race takes.
+    """
+    async with worker.pool.connection() as conn:
+        await worker.queries.heartbeat(
+            conn, id=worker.id, display_name=worker.display_name, max_silence=1
+        )
 
 
 async def begin(pool: Pool) -> None:

@@ -28,8 +28,8 @@ class Floor:
         queries = load_queries(path)
         self.claim_sql = queries.poll_tasks.sql.encode()
         self.complete_sql = queries.complete_task.sql.encode()
-        owner = {"worker_id": uuid4(), "attempt": 1, "is_durable": False}
-        self.claim = owner | {"queue": queue, "limit": SLOTS}
+        owner = {"worker_id": uuid4(), "attempt": 1, "is_durable": False, "inactive_after": 3600}
+        self.claim = owner | {"queue": queue, "task_names": ["noop"], "limit": SLOTS}
         self.outcome = owner | {"output": Jsonb(None)}
         self.claimed: deque[int] = deque()
         self.claiming = asyncio.Lock()

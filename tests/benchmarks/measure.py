@@ -96,8 +96,8 @@ async def measure_idle(book: Book, prefix: str, stage: Stage, tasks: int, task_n
         await begin(process)
         for _ in range(tasks):
             await asyncio.sleep(chance.uniform(0.05, 1.1))
-            await stage.create(task_name)
             sent.append(time.monotonic_ns())
+            await stage.create(task_name)
         await stage.wait_until_done(lambda: check([process]))
         await end(process)
     rows = await stage.rows(

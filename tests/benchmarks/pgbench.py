@@ -14,7 +14,7 @@ from psycopg.pq import Conninfo
 from benchmarks import CONNECTIONS, QUEUE, SLOTS
 from benchmarks.stage import Stage
 from shared.database import conninfo
-from shared.embedded import PROGRAMS
+from shared.embedded import programs
 from shared.schema import schema_name
 
 # Each client completes a share of the ids, one after the other.
@@ -30,13 +30,13 @@ async def pgbench(stage: Stage, tasks: int) -> float | None:
     It has no loop over what a claim has returned, so the claims come first, on one connection. For
     the statements of lessons 02 and 03, which know no owner.
     """
-    program = shutil.which("pgbench", path=f"{PROGRAMS}{os.pathsep}{os.environ.get('PATH', '')}")
+    program = shutil.which("pgbench", path=f"{programs()}{os.pathsep}{os.environ.get('PATH', '')}")
     if program is None:
         return None
     share = -(-tasks // CONNECTIONS)
     batches = -(-tasks // SLOTS)
     claim, complete = stage.queries.poll_tasks.sql, stage.queries.complete_task.sql
-    variables: dict[str, object] = {"queue": QUEUE, "limit": SLOTS}
+    variables: dict[str, object] = {"queue": QUEUE, "task_names": "{noop}", "limit": SLOTS}
     claims_per_s = await tps(program, stage, claim, 1, batches, variables)
     variables = {"n": 0, "share": share, "output": "null"}
     completions_per_s = await tps(program, stage, NEXT_ID + complete, CONNECTIONS, share, variables)

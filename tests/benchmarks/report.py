@@ -28,7 +28,7 @@ FLOORS = {
 } | COSTS
 OF_A_FIGURE = ("_min", "_max", "_p95", "_ratio", "_ratio_min", "_ratio_max")
 # Without a terminal rich would assume a narrow one.
-CONSOLE = Console(width=None if sys.stdout.isatty() else 160)
+CONSOLE = Console(width=None if sys.stdout.isatty() else 200)
 
 
 async def about(stage: Stage) -> dict[str, Any]:

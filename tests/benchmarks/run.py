@@ -4,8 +4,8 @@ python tests/benchmarks/run.py [--quick] [--json FILE] [--svg FILE] [--lesson NN
 
 Measures on the server in DATABASE_URL, whose user must be allowed to create databases, or else on
 an embedded Postgres in a temporary directory; in both cases in a database of its own, which is
-dropped at the end. --quick takes about two minutes and leaves out how cost grows. --svg needs
-matplotlib: pip install -e '.[benchmark]'
+dropped at the end. How cost grows is measured on the last of the lessons; --quick leaves that out,
+and takes less than five minutes. --svg needs matplotlib: pip install -e '.[benchmark]'
 """
 
 import sys

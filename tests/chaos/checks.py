@@ -21,7 +21,7 @@ CHECKS = {
     "an attempt that was never claimed": """
         SELECT *
         FROM tasks
-        WHERE attempt < 1 + lost_count + retry_count
+        WHERE attempt < 1 + retry_count + coalesce((to_jsonb(tasks) ->> 'lost_count')::INT, 0)
     """,
     "an event without child": """
         SELECT *
@@ -81,7 +81,7 @@ FIGURES = """
     SELECT count(*) FILTER (WHERE task_name = 'process_order') AS orders,
            (SELECT count(*) FROM payments) AS charges,
            count(*) AS tasks,
-           sum(lost_count) AS lost_count,
+           sum((to_jsonb(tasks) ->> 'lost_count')::INT) AS lost_count,
            sum(attempt) AS attempts
     FROM tasks
 """

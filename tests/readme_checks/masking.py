@@ -21,7 +21,8 @@ NOISE = [
     (r"(?<=rows=)(\d+)\.00\b", r"\1"),  # since Postgres 18
     (r"\bBuffers: .*", "Buffers: <number>"),
     (r"\bMemory: \d+kB", "Memory: <number>"),
-    (r"^(Python|psycopg|aiosql|Postgres)( +)\d\S*", r"\1 <version>"),
+    # Distributions, and the official image, add theirs: 18.6 (Debian 18.6-1.pgdg13+2).
+    (r"^(Python|psycopg|aiosql|Postgres)( +)\d\S*(?: \(.*\))?$", r"\1 <version>"),
 ]
 # What differs in each run, and is the same wherever it is the same in that run.
 NAMES = [

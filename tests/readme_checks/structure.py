@@ -22,7 +22,7 @@ HEADINGS = [
 ]
 # Sections in which <details> folds something other than an answer.
 FOLDED = {"Building it", "Elsewhere"}
-LINES = range(150, 601)
+LINES = range(150, 651)
 EXERCISES = range(3, 6)
 
 
@@ -30,8 +30,8 @@ def structure_problems(readme: Readme) -> Iterator[Problem]:
     """Where the README of a lesson deviates from the form of all."""
     if not readme.lesson:
         return
-    if len(readme.lines) not in LINES:
-        text = f"{len(readme.lines)} lines, not {LINES[0]} to {LINES[-1]}"
+    if (lines := shown_lines(readme)) not in LINES:
+        text = f"{lines} lines, not {LINES[0]} to {LINES[-1]}, without what is folded"
         yield readme.problem(len(readme.lines), text)
     if [heading.line for heading in readme.headings if heading.level == 1] != [1]:
         yield readme.problem(1, "a title, and only one, on line 1")
@@ -40,6 +40,17 @@ def structure_problems(readme: Readme) -> Iterator[Problem]:
         text = f"the headings ## are {'; '.join(sections)}; and should be {'; '.join(HEADINGS)}"
         yield readme.problem(1, text)
     yield from exercise_problems(readme)
+
+
+def shown_lines(readme: Readme) -> int:
+    """How many lines a reader has to go through who unfolds nothing."""
+    shown = 0
+    is_folded = False
+    for line in readme.lines:
+        is_folded = is_folded or line.startswith("<details")
+        shown += not is_folded
+        is_folded = is_folded and not line.rstrip().endswith("</details>")
+    return shown
 
 
 def exercise_problems(readme: Readme) -> Iterator[Problem]:
