@@ -68,9 +68,6 @@ class DurableContext:
 
     async def _run_child(self, event_id: int, input: Any, options: dict[str, Any]) -> Any:
         """Start the child of this event, unless an earlier attempt has, and wait for its end."""
-        self._check_not_ended()
-        if self._non_determinism is not None:
-            raise self._non_determinism
         caller = asyncio.current_task()
         assert caller is not None
         self._callers.add(caller)
@@ -95,6 +92,7 @@ class DurableContext:
     async def _start_child(self, event_id: int, input: Any, options: dict[str, Any]) -> Task:
         """In one transaction, the event and its child: both or neither. Returns the child."""
         async with self.pool.connection() as conn, conn.transaction():
+            self._check_not_ended()  # it may have, while we waited for the connection
 
             async def create_child() -> int:
                 row = await self.queries.create_child(
@@ -121,6 +119,8 @@ class DurableContext:
         """An attempt that is being ended writes nothing more: its next one would not ask for it."""
         if self._ended:
             raise RuntimeError(f"attempt {self.attempt} of task {self.task_id} has ended")
+        if self._non_determinism is not None:
+            raise self._non_determinism
 
     def end(self) -> set[asyncio.Task[Any]]:
         """Refuse further steps; return the asyncio tasks that have started one."""

@@ -20,7 +20,7 @@ def event_key(kind: str, task_name: str, input: Any) -> str:
 
     Raises TypeError or ValueError for an input that is not JSON.
     """
-    # To JSON and back first: that turns 1 into "1" where it is a key, so that keys can be sorted.
+    # To JSON and back first: the names in a dict become strings, and are sorted as strings.
     value = json.loads(dumps([kind, task_name, input]))
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -46,7 +46,7 @@ class EventLog:
 
         The caller holds the transaction. `create_child` returns the id of the child task. Returns
         the event, and whether it was recorded already.
-        Raises TaskNotOwnedError if `task` is not running in the attempt that `task` names,
+        Raises TaskNotOwnedError if `task.attempt` is not the running attempt of its task,
         NonDeterminismError if another event is recorded under this id.
         """
         key = event_key(kind, task_name, input)
@@ -58,7 +58,8 @@ class EventLog:
                 f"task {task.id} is not owned by attempt {task.attempt} any more"
             )
 
-        # A statement of its own: one that waits for a lock reads the log as it was before that.
+        # Not joined to the lock: a statement that has to wait for a lock still sees the log as it
+        # was before the wait.
         row = await self.queries.get_event(conn, task_id=task.id, event_id=event_id)
         if row is not None:
             event = DurableEvent(**row)

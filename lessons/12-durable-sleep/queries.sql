@@ -1,4 +1,5 @@
 -- name: create_task(queue, task_name, input, max_retries, timeout, schedule_timeout, priority, is_durable)^
+<<<<<<< lessons/12-durable-sleep/queries.sql
 -- Enqueue one task, and tell the workers of its queue. They are told when it is committed, or never.
 -- The time of its schedule timeout is made by Postgres, whose clock will judge it.
 WITH created AS (
@@ -10,6 +11,12 @@ WITH created AS (
         now() + CAST(:schedule_timeout AS INTERVAL), :priority, :is_durable
     )
     RETURNING *
+=======
+-- Enqueue one task. The time of its schedule timeout is made by Postgres, by whose clock it is
+-- judged.
+INSERT INTO tasks (
+    queue, task_name, input, max_retries, timeout, schedule_timeout_at, priority, is_durable
+>>>>>>> /tmp/team/theirs.tmp
 )
 SELECT created.*
 FROM created, pg_notify('tasks', md5(current_schema() || ' ' || queue)) AS told;
@@ -44,8 +51,8 @@ ORDER BY id;
 -- Claim the most urgent queued tasks that have one of these names, oldest first. SKIP LOCKED passes
 -- over rows that another worker is claiming at this moment: two workers never wait for each other,
 -- and never get the same task. NO KEY is the lock that an UPDATE takes, and keeps no one from
--- referring to the row. RETURNING promises no order, hence the last SELECT. A worker that the others
--- take for inactive gets nothing: they would take it away again at once.
+-- referring to the row. RETURNING promises no order, hence the last SELECT. A worker that the
+-- others take for inactive gets nothing: they would take it away again at once.
 WITH picked AS (
     SELECT id
     FROM tasks
@@ -164,7 +171,7 @@ FROM registered;
 -- name: requeue_lost_tasks(our_beat, inactive_after, max_lost_workers, limit)
 -- Take the running tasks of inactive workers away from them: `attempt` refuses what they still
 -- write. Rows that somebody else is writing at this moment are left for the next time. A heartbeat
--- from the future is of no worth either: the clock was set back, and its worker has not beaten since.
+-- from the future is of no worth either: the clock was set back, and no beat has come since.
 WITH lost AS (
     SELECT id, lost_count + 1 >= :max_lost_workers AS is_given_up
     FROM tasks
@@ -172,7 +179,8 @@ WITH lost AS (
       AND (worker_id = ANY (ARRAY(
           SELECT id
           FROM workers
-          WHERE last_heartbeat_at BETWEEN :our_beat - make_interval(secs => :inactive_after)
+          WHERE last_heartbeat_at
+              BETWEEN least(now(), :our_beat) - make_interval(secs => :inactive_after)
               AND greatest(now(), :our_beat) + make_interval(secs => :inactive_after)
       ))) IS NOT TRUE
     ORDER BY id
@@ -195,7 +203,8 @@ RETURNING tasks.*;
 WITH inactive AS (
     SELECT id
     FROM workers
-    WHERE last_heartbeat_at NOT BETWEEN :our_beat - make_interval(secs => :inactive_after)
+    WHERE last_heartbeat_at
+        NOT BETWEEN least(now(), :our_beat) - make_interval(secs => :inactive_after)
         AND greatest(now(), :our_beat) + make_interval(secs => :inactive_after)
     FOR UPDATE SKIP LOCKED
 )
@@ -324,7 +333,7 @@ SELECT child.id, child.task_name, EXISTS (
     SELECT
     FROM durable_events AS later
     WHERE later.task_id = parent.id
-      AND later.inserted_at > child.finished_at
+      AND later.inserted_at > coalesce(child.finished_at, event.inserted_at)
 ) AS was_handled
 FROM tasks AS parent
 JOIN durable_events AS event ON event.task_id = parent.id

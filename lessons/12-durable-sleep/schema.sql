@@ -4,24 +4,24 @@ CREATE TYPE task_status AS ENUM ('QUEUED', 'RUNNING', 'COMPLETED', 'FAILED', 'SL
 
 -- Only what Python's times can hold: 'infinity' is refused. As domains, since a CHECK of the table
 -- would be parsed again by each statement that writes a task.
-CREATE DOMAIN timeout_interval AS INTERVAL
+CREATE DOMAIN readable_interval AS INTERVAL
 CHECK (VALUE BETWEEN '0 s' AND '1000 years');
-CREATE DOMAIN timeout_time AS TIMESTAMPTZ
+CREATE DOMAIN readable_time AS TIMESTAMPTZ
 CHECK (VALUE BETWEEN '1000-01-01' AND '9999-01-01');
 
 CREATE TABLE tasks (
     id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    inserted_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+    inserted_at readable_time NOT NULL DEFAULT now(),
     queue TEXT NOT NULL,
     task_name TEXT NOT NULL,
     input JSONB NOT NULL,
     output JSONB,
     status task_status NOT NULL DEFAULT 'QUEUED',
-    finished_at TIMESTAMPTZ,
+    finished_at readable_time,
     retry_count INT NOT NULL DEFAULT 0,
     max_retries INT NOT NULL DEFAULT 0,
-    timeout timeout_interval,
-    schedule_timeout_at timeout_time,
+    timeout readable_interval,
+    schedule_timeout_at readable_time,
     priority INT NOT NULL DEFAULT 1,
     worker_id UUID,
     attempt INT NOT NULL DEFAULT 0,
@@ -35,7 +35,7 @@ CREATE TABLE tasks (
 CREATE INDEX tasks_queued ON tasks (queue, is_durable, priority DESC, id)
 WHERE status = 'QUEUED';
 
--- For those who look for the tasks of one worker.
+-- For those who look for running tasks, and for whose they are.
 CREATE INDEX tasks_running ON tasks (worker_id, id)
 WHERE status = 'RUNNING';
 

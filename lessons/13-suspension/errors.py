@@ -16,7 +16,7 @@ class NonDeterminismError(NonRetryableError):
 
 
 class ChildTaskError(NonRetryableError):
-    """A child task failed. The log keeps that: the next attempt would only see it again."""
+    """A child task failed. The log leads to it: the next attempt would only see it again."""
 
     def __init__(self, child_task_id: int, task_name: str, error: str) -> None:
         super().__init__(f"child task {child_task_id} ({task_name}) failed: {error}")

@@ -176,9 +176,11 @@ class Worker:
                 for task in await self._claim(queue, is_durable):
                     slots.fill(group.create_task(self._run_task(task)), task)
                 answered = True
-            if not answered:
+            if answered:
+                await slots.wait(min(POLL_INTERVAL, heartbeat.HEARTBEAT_INTERVAL))
+            else:
                 check_at, slots.more_waiting = 0.0, False
-            await slots.wait(min(POLL_INTERVAL, heartbeat.HEARTBEAT_INTERVAL))
+                await slots.wait(heartbeat.HEARTBEAT_INTERVAL)
 
     async def _put_back(self, is_durable: bool, why: str) -> None:
         """Queue again the tasks of one kind that this worker owns and does not run.

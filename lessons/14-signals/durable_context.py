@@ -133,9 +133,6 @@ class DurableContext:
         self, event_id: int, kind: str, task_name: str, input: Any, create: CreateChild
     ) -> Any:
         """Start the child of this event, unless an earlier attempt has, and wait for its end."""
-        self._check_not_ended()
-        if self._non_determinism is not None:
-            raise self._non_determinism
         caller = asyncio.current_task()
         assert caller is not None
         self._callers.add(caller)
@@ -212,6 +209,7 @@ class DurableContext:
     ) -> Task:
         """In one transaction, the event and its child: both or neither. Returns the child."""
         async with self.pool.connection() as conn, conn.transaction():
+            self._check_not_ended()  # it may have, while we waited for the connection
 
             async def create_child() -> int:
                 return int((await create(conn))["id"])
@@ -227,6 +225,8 @@ class DurableContext:
         """An attempt that is being ended writes nothing more: its next one would not ask for it."""
         if self._ended:
             raise RuntimeError(f"attempt {self.attempt} of task {self.task_id} has ended")
+        if self._non_determinism is not None:
+            raise self._non_determinism
 
     def end(self) -> set[asyncio.Task[Any]]:
         """Refuse further steps; return the asyncio tasks that have started one."""
