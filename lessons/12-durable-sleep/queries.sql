@@ -1,5 +1,4 @@
 -- name: create_task(queue, task_name, input, max_retries, timeout, schedule_timeout, priority, is_durable)^
-<<<<<<< lessons/12-durable-sleep/queries.sql
 -- Enqueue one task, and tell the workers of its queue. They are told when it is committed, or never.
 -- The time of its schedule timeout is made by Postgres, whose clock will judge it.
 WITH created AS (
@@ -11,12 +10,6 @@ WITH created AS (
         now() + CAST(:schedule_timeout AS INTERVAL), :priority, :is_durable
     )
     RETURNING *
-=======
--- Enqueue one task. The time of its schedule timeout is made by Postgres, by whose clock it is
--- judged.
-INSERT INTO tasks (
-    queue, task_name, input, max_retries, timeout, schedule_timeout_at, priority, is_durable
->>>>>>> /tmp/team/theirs.tmp
 )
 SELECT created.*
 FROM created, pg_notify('tasks', md5(current_schema() || ' ' || queue)) AS told;

@@ -21,15 +21,9 @@ async def call(
 ) -> Outcome:
     """Run a function, which has been called, in an asyncio task of its own; return how it ended.
 
-<<<<<<< lessons/14-signals/call.py
     After `timeout`, when its task is suspended, or when this call is cancelled, the function is
-    cancelled, and if it does not
-    end within `grace` seconds it is left behind. So is what it has left behind in its `context`.
-=======
-    After `timeout`, or when this call is cancelled, the function is cancelled, and if it does not
-    end within `grace` seconds it is left behind. What it has left behind in its `context` is
-    treated the same way.
->>>>>>> /tmp/team/theirs.tmp
+    cancelled, and if it does not end within `grace` seconds it is left behind. What it has left
+    behind in its `context` is treated the same way.
     """
     running = asyncio.create_task(_outcome(function))
     try:
