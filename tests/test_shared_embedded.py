@@ -395,7 +395,7 @@ def open_directory(place: Path, ordinary_user: int) -> Path:
     return place / "open"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be both")
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="only root can be both")
 def test_root_and_an_ordinary_user(ordinary_user: int, open_directory: Path) -> None:
     # First the user, then root in the directory of the user, then the user again.
     assert User(open_directory, user=ordinary_user).end() == ""
@@ -403,7 +403,10 @@ def test_root_and_an_ordinary_user(ordinary_user: int, open_directory: Path) -> 
     assert User(open_directory, user=ordinary_user).end() == ""
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make what others may not enter")
+@pytest.mark.skipif(
+    sys.platform == "win32" or os.geteuid() != 0,
+    reason="only root can make what others may not enter",
+)
 def test_the_directory_of_another_user_is_one_clear_line(
     ordinary_user: int, directory: Path
 ) -> None:
