@@ -497,18 +497,40 @@ class Engine(RuleBasedStateMachine):
         awaited = {"unfinished": unfinished, "all": children, "last": children[-1:]}[which]
         self.do(self.suspending(claim, awaited or children), hold, commit)
 
-    @has(with_children)
+    @has(live_durable)
     @precondition(lambda self: self.held is None)
-    @rule(claim=pick(with_children), commit=st.booleans(), first=st.booleans())
-    def suspend_while_a_child_ends(self, claim: Claim, commit: bool, first: bool) -> None:
-        """Either of them comes first, and the other one waits for its commit."""
-        log = [event.child for event in self.model.logs[claim.id]]
-        self.suspend(claim, "unfinished", hold=first, commit=True)
-        ends = [self.ending(c, "COMPLETED", 1) for c in self.live() if c.id in log]
-        for end in ends:
-            self.do(end, hold=not first, commit=commit)
-        if not first and self.model.owned(claim):
-            self.suspend(claim, "all", hold=False, commit=commit)
+    @rule(
+        claim=pick(live_durable),
+        ends=st.sampled_from(["COMPLETED", "FAILED", "QUEUED"]),
+        first=st.booleans(),
+        commits=st.booleans(),
+    )
+    def suspend_while_a_child_ends(
+        self, claim: Claim, ends: str, first: bool, commits: bool
+    ) -> None:
+        """Whichever comes first, the other one waits for its commit, and sees what it has done."""
+        self.append(claim, "step", 0, False, True)
+        child = self.model.logs[claim.id][-1].child
+        self.heartbeat(claim.worker)
+        self.claim(claim.worker, (self.model.tasks[child].queue, False), ("step",), 50, False)
+        steps = [self.ending(each, ends, 1) for each in self.live() if each.id == child]
+        steps.insert(0 if first else 1, self.suspending(claim, [child]))
+        self.do(steps[0], hold=True)
+        for step in steps[1:]:
+            self.do(step, commit=commits)
+
+    @has(live_durable)
+    @precondition(lambda self: self.held is None)
+    @rule(claim=pick(live_durable))
+    def two_children_end_at_once(self, claim: Claim) -> None:
+        """Neither waits for the other, as long as their parent is not suspended."""
+        for _ in range(2):
+            self.append(claim, "step", 0, False, True)
+        children = [event.child for event in self.model.logs[claim.id]]
+        self.heartbeat(claim.worker)
+        self.claim(claim.worker, (self.model.tasks[claim.id].queue, False), ("step",), 50, False)
+        for child in [each for each in self.live() if each.id in children][:2]:
+            self.do(self.ending(child, "COMPLETED", 1), hold=True)
 
     @has(suspended_with_live_children)
     @rule(claim=pick(suspended_with_live_children), hold=st.booleans(), commit=st.booleans())
@@ -662,17 +684,25 @@ class Engine(RuleBasedStateMachine):
     @has(live_durable)
     @rule(
         claim=pick(live_durable),
-        name=st.sampled_from(["step", "order"]),
-        runs=st.booleans(),
+        name=st.sampled_from(["step", "order", "sleep"]),
+        then=st.sampled_from(["waits", "runs", "is suspended"]),
         hold=seldom,
     )
-    def give_up_and_replay(self, claim: Claim, name: str, runs: bool, hold: bool) -> None:
-        """A task fails while some of what it has started waits, or runs."""
-        self.append(claim, name, 0, False, True)
-        if runs:
+    def give_up_and_replay(self, claim: Claim, name: str, then: str, hold: bool) -> None:
+        """A task fails while some of what it has started waits, runs, sleeps, or is suspended."""
+        input = None if name == "sleep" else 0
+        event_id = len(self.model.logs[claim.id]) + 1
+        self.do(self.appending(claim, event_id, name, input, 3600.0))
+        child = self.model.logs[claim.id][-1].child if self.model.logs[claim.id] else 0
+        if then != "waits":
             self.heartbeat(claim.worker)
             kind = self.model.tasks[claim.id].queue, name == "order"
             self.claim(claim.worker, kind, (name,), 50, False)
+        if then == "is suspended":
+            for order in self.live_durable():
+                if order.id == child:
+                    self.do(self.appending(order, 1, "sleep", None, 3600.0))
+                    self.do(self.suspending(order, [self.model.logs[child][0].child]))
         self.do(self.ending(claim, "FAILED", {"error": "no"}))
         self.reset("replay_task", claim.id, hold, True)
 
