@@ -21,6 +21,7 @@ if __name__ == "__main__":
     sys.path.insert(0, sys.argv[1])
     import notifications  # type: ignore[import-not-found, unused-ignore]
 
-    notifications.Notifications.tell = die
+    class_: Any = notifications.Notifications
+    class_.tell = die
     worker_process.FUNCTIONS[:] = [echo]
     run(worker_process.main())

@@ -937,7 +937,6 @@ class Engine(RuleBasedStateMachine):
     def suspending(self, claim: Claim, awaited: list[int]) -> Step:
         async def let_go(conn: Connection) -> bool:
             context = SimpleNamespace(
-                _waiting=set(awaited),
                 _task=self.bench.lesson.models.Task(**self.claims[claim]),
                 task_id=claim.id,
                 attempt=claim.attempt,
@@ -945,7 +944,7 @@ class Engine(RuleBasedStateMachine):
                 queries=self.queries,
             )
             context_class: Any = self.bench.lesson.durable_context.DurableContext
-            return bool(await context_class._let_go(context))
+            return bool(await context_class._let_go(context, awaited))
 
         return Step("suspend", let_go, lambda model, held: model.suspend(claim, awaited))
 

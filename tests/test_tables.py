@@ -42,7 +42,7 @@ TASKS = {
 # From lesson 10 on times and intervals are domains.
 DOMAINS = {"interval": "readable_interval", "timestamp with time zone": "readable_time"}
 
-FEW = pytest.mark.only(2, 4, 7, 10)  # the lessons in which these tables change
+FEW = pytest.mark.only(2, 4, 7, 10, 12)  # the lessons in which these tables change
 
 WORKERS = [
     ("id", "uuid", False),
@@ -221,7 +221,7 @@ async def explain_claim(conn: Connection, lesson: Any, queries: Any) -> dict[str
 
 
 @pytest.mark.since(3)
-@pytest.mark.only(3, 4, 10)  # lessons with an index, or a claim, of their own
+@pytest.mark.only(3, 4, 13)  # lessons with an index, or a claim, of their own
 async def test_finished_tasks_cost_the_claim_nothing(lesson: Any, pool: Pool, queries: Any) -> None:
     """The claim reads as many rows as it returns, and not one of 200,000 finished ones."""
     async with pool.connection() as conn:
