@@ -30,6 +30,7 @@ VIEWS = {
             ("attempt", "attempt", "attempt"),
             ("retry_count", "retries", "retry_count"),
             ("lost_count", "lost", "lost_count"),
+            ("wake_at", "wake_at", "to_char(wake_at, 'YYYY-MM-DD HH24:MI:SS')"),
             ("input", "input", "left(input::text, 60)"),
             ("output", "output", "left(output::text, 60)"),
         ],

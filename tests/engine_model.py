@@ -2,7 +2,7 @@
 
 A method of Model is one statement, or one transaction, of the engine. `held` are the rows that
 another transaction has locked: some statements pass over them, others wait (then the model is asked
-afterwards). `touched` are the rows that the last method locked.
+afterwards). `locks` are the rows that the last method locked, and how.
 """
 
 from collections.abc import Iterable
@@ -10,6 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 FINISHED = ("COMPLETED", "FAILED")
+
+# Postgres's row locks, as far as the engine takes them: FOR KEY SHARE, NO KEY UPDATE, UPDATE.
+KEY_SHARE, NO_KEY_UPDATE, UPDATE = 1, 2, 3
+
+
+def in_conflict(one: int, other: int) -> bool:
+    return one + other > UPDATE
+
+
+Locks = dict[int, int]
 
 
 class Refused(Exception):
@@ -57,6 +67,7 @@ class ModelTask:
     priority: int
     is_durable: bool
     overdue: bool | None = None  # has its schedule timeout passed? None: there is none
+    is_due: bool | None = None  # has the time to wake it up come? None: it is no sleep
     status: str = "QUEUED"
     output: Any = None
     finished: bool = False
@@ -86,7 +97,7 @@ class Model:
     tasks: dict[int, ModelTask] = field(default_factory=dict)
     logs: dict[int, list[Event]] = field(default_factory=dict)
     workers: dict[int, str] = field(default_factory=dict)  # fresh, silent, inactive or ahead
-    touched: set[int] = field(default_factory=set)
+    locks: Locks = field(default_factory=dict)
     now: int = 0  # when the transaction began; like the next two, only for comparison
     started: dict[int, int] = field(default_factory=dict)  # the event of which child
     ended: dict[int, int] = field(default_factory=dict)
@@ -102,7 +113,7 @@ class Model:
     def create(self, task: ModelTask) -> Brief:
         self.tasks[task.id] = task
         self.logs[task.id] = []
-        self.touched.add(task.id)
+        self._touch([task])
         return brief(task)
 
     def claim(
@@ -147,7 +158,7 @@ class Model:
             task.status = status
             self._finish(task)
         task.output = output
-        return self._touch([task])
+        return self._touch_and_wake_parents([task])
 
     def put_back(
         self, worker: int, is_durable: bool, known: Iterable[Claim], held: set[int]
@@ -174,13 +185,42 @@ class Model:
             task.lost_count += 1
             if task.lost_count >= max_lost_workers:
                 self._fail(task)
-        return self._touch(lost)
+        return self._touch_and_wake_parents(lost)
 
     def expire(self, limit: int, held: set[int]) -> list[Brief]:
         expired = [t for t in self._free(held, "QUEUED") if t.attempt == 0 and t.overdue][:limit]
         for task in expired:
             self._fail(task)
-        return self._touch(expired)
+        return self._touch_and_wake_parents(expired)
+
+    def wake(self, held: set[int]) -> list[Brief]:
+        """Complete the sleeps that are over, unless somebody else holds them or their parents."""
+        due = [
+            task
+            for task in self._free(held, "SLEEPING")
+            if task.is_due and self._parent_of(task).id not in held
+        ]
+        for task in due:
+            task.status = "COMPLETED"
+            self._finish(task)
+        self._touch([self._parent_of(task) for task in due])
+        return self._touch_and_wake_parents(due)
+
+    def _parent_of(self, sleep: ModelTask) -> ModelTask:
+        parent = self.parent(sleep.id)
+        assert parent is not None
+        return parent
+
+    def suspend(self, claim: Claim, awaited: list[int]) -> bool:
+        """Unless one of these has finished. Returns whether the claim has lost its task."""
+        task = self.owned(claim)
+        if task is None:
+            return True
+        self._touch([task], UPDATE)
+        if any(self.tasks[id].status in FINISHED for id in awaited):
+            return False
+        task.status, task.worker, task.output = "SUSPENDED", None, None
+        return True
 
     def heartbeat(self, worker: int) -> bool:
         """Returns whether the worker was in touch."""
@@ -194,8 +234,13 @@ class Model:
             del self.workers[worker]
         return len(inactive)
 
-    def append(self, claim: Claim, event_id: int, event: Event) -> tuple[int, bool]:
-        """Returns the child of that event in the log, and whether it was there already."""
+    def append(
+        self, claim: Claim, event_id: int, event: Event, seconds: float = 0
+    ) -> tuple[int, bool]:
+        """Returns the child of that event in the log, and whether it was there already.
+
+        A sleep is recorded without its `seconds`.
+        """
         parent = self.owned(claim)
         if parent is None:
             raise Refused("TaskNotOwnedError")
@@ -208,8 +253,11 @@ class Model:
             return recorded.child, True
         log.append(event)
         self.started[event.child] = self.now
-        self.create(
-            ModelTask(
+        if event.task_name == "sleep":
+            child = ModelTask(event.child, parent.queue, "sleep", {"seconds": seconds}, 0, 1, False)
+            child.status, child.is_due = "SLEEPING", seconds == 0
+        else:
+            child = ModelTask(
                 id=event.child,
                 queue=parent.queue,
                 task_name=event.task_name,
@@ -218,7 +266,7 @@ class Model:
                 priority=parent.priority,
                 is_durable=event.task_name == "order",
             )
-        )
+        self.create(child)
         return event.child, False
 
     def failed_child(self, id: int) -> ModelTask | None:
@@ -243,19 +291,21 @@ class Model:
         for each in tasks:
             self._reset(each)
 
-    def replay(self, id: int) -> None:
+    def replay(self, id: int, held: set[int]) -> None:
+        """It does not wait for children that others hold, who may be finishing them."""
         task = self._resettable(id, *FINISHED)
         parents = [id]
         abandoned: list[ModelTask] = []
         while parents:
             children = [self.tasks[e.child] for parent in parents for e in self.logs[parent]]
-            self._touch(children)
-            if any(child.status == "RUNNING" for child in children):
+            self._touch([child for child in children if child.id not in held])
+            if any(child.status == "RUNNING" or child.id in held for child in children):
                 raise Refused("ValueError")
-            abandoned += [child for child in children if child.status == "QUEUED"]
+            abandoned += [child for child in children if child.status not in FINISHED]
             parents = [child.id for child in children]
         for child in abandoned:
             self._fail(child)
+        self._wake_parents(abandoned)
         self.logs[id] = []
         self._reset(task)
 
@@ -278,6 +328,8 @@ class Model:
     def _reset(self, task: ModelTask) -> None:
         self._touch([task])
         self._queue(task)
+        if task.is_due is not None:
+            task.status = "SLEEPING"  # no worker runs it
         task.output, task.finished, task.overdue = None, False, None
         task.retry_count = task.lost_count = 0
 
@@ -296,6 +348,22 @@ class Model:
         """The tasks in this state that no other transaction holds, oldest first."""
         return [t for id, t in sorted(self.tasks.items()) if t.status == status and id not in held]
 
-    def _touch(self, tasks: list[ModelTask]) -> list[Brief]:
-        self.touched.update(task.id for task in tasks)
+    def _touch(self, tasks: list[ModelTask], lock: int = NO_KEY_UPDATE) -> list[Brief]:
+        for task in tasks:
+            self.locks[task.id] = max(lock, self.locks.get(task.id, lock))
         return [brief(task) for task in tasks]
+
+    def _touch_and_wake_parents(self, tasks: list[ModelTask]) -> list[Brief]:
+        self._touch(tasks)
+        self._wake_parents(tasks)
+        return [brief(task) for task in tasks]
+
+    def _wake_parents(self, tasks: list[ModelTask]) -> None:
+        """What the trigger does for those of them that have finished."""
+        for task in tasks:
+            parent = self.parent(task.id)
+            if task.status in FINISHED and parent is not None:
+                self._touch([parent], KEY_SHARE)
+                if parent.status == "SUSPENDED":
+                    self._queue(parent)
+                    self._touch([parent])

@@ -106,7 +106,9 @@ def make_worker(lesson: Any, pool: Pool, queries: Any, *functions: Any, **settin
     """A worker with these functions registered under their own names.
 
     Settings in upper case are globals of the lesson's modules, others are arguments of Worker.
+    It polls as often as in lesson 02: `enqueue` and plain SQL tell nobody what they have done.
     """
+    settings = {"POLL_INTERVAL": 0.1} | settings
     set_globals(lesson, {name: value for name, value in settings.items() if name.isupper()})
     arguments = {name: value for name, value in settings.items() if not name.isupper()}
     worker = lesson.worker.Worker(pool, queries, **arguments)

@@ -13,7 +13,7 @@ RUN = Path(__file__).parent / "chaos" / "run.py"
 
 
 @pytest.mark.since(7)
-@pytest.mark.only(7, 10)
+@pytest.mark.only(7, 13)
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot stop a process")
 def test_no_crash_loses_or_repeats_a_step_of_an_order(lesson: Any) -> None:
     """The environment variable CHAOS_SEED gives the faults of an earlier run again.

@@ -256,6 +256,7 @@ async def test_09_breaks_functions_that_no_worker_gets_rid_of(lesson: Any, pool:
 
 
 @pytest.mark.since(10)
+@pytest.mark.until(10)
 async def test_10_unruly_functions_fail_and_the_worker_goes_on(lesson: Any, pool: Pool) -> None:
     """The scenario of 09's --breaks, and more."""
     for _, lines in await twice_at_once(lesson):

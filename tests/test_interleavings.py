@@ -1,8 +1,9 @@
-"""A worker of lesson 10 is disturbed at every await of a run, each in a run of its own.
+"""A worker of lesson 13 is disturbed at every await of a run, each in a run of its own.
 
-The run is that of an order of two steps, of which the first charges a payment. A run without
-disturbance tells which points there are: before and after each statement, BEGIN and COMMIT, and
-each time that a connection is taken from the pool or given back. What is done there:
+The run is that of an order that charges a payment, sleeps, and waits for a durable step with a step
+of its own; it is suspended on the way. A run without disturbance tells which points there are:
+before and after each statement, BEGIN and COMMIT, and each time that a connection is taken from the
+pool or given back. What is done there:
 
     cancel   `start` is cancelled, and what has to be awaited all the same takes until after the
              next heartbeat; another worker takes the order to its end
@@ -28,6 +29,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext, suppress
+from datetime import timedelta
 from itertools import count
 from typing import Any
 
@@ -55,18 +57,30 @@ SECONDS = 6.0  # for the points of one kind of disturbance, in a normal run
 AT_ONCE = 4
 
 # No worker judges others here: the test takes their tasks from them, when it wants to.
-TIMES = {"POLL_INTERVAL": 0.1, "HEARTBEAT_INTERVAL": 0.1, "INACTIVE_AFTER": 1000.0}
+TIMES = {
+    "POLL_INTERVAL": 0.1,
+    "HEARTBEAT_INTERVAL": 0.1,
+    "INACTIVE_AFTER": 1000.0,
+    "SUSPEND_AFTER": 0.1,
+}
 
 NOT_STATEMENTS = {*GENERATORS.values(), *OF_POOL, "charge"}
 # These have nothing to write on behalf of a task: they end together with the heartbeat.
-OTHER_LOOPS = ("Heartbeat.", "Housekeeping.", "Children.")
+OTHER_LOOPS = ("Heartbeat.", "Housekeeping.", "Children.", "Notifications.")
+
+NAMES = ["process_order", "charge_payment", "sleep", "confirm", "send_confirmation_email"]
 
 numbers = count(1)
 
 
 async def process_order(context: Any, input: Any) -> Any:
     charge = await context.run_task("charge_payment", input)
-    return {"charge": charge, "email": await context.run_task("send_confirmation_email", input)}
+    await context.sleep(timedelta(seconds=0.1))
+    return {"charge": charge, "email": await context.run_task("confirm", input, is_durable=True)}
+
+
+async def confirm(context: Any, input: Any) -> Any:
+    return await context.run_task("send_confirmation_email", input)
 
 
 class Shop:
@@ -88,13 +102,13 @@ class Shop:
             return {"payment": key}
 
         async def send_confirmation_email(input: Any) -> Any:
-            await asyncio.sleep(
-                1.5 * TIMES["POLL_INTERVAL"]
-            )  # the worker is to ask whether it has ended
+            # Until it has been asked for, and the order and its durable step are suspended.
+            await asyncio.sleep(0.25)
             return "sent"
 
         worker = self.lesson.worker.Worker(pool, queries)
         worker.register("process_order", process_order)
+        worker.register("confirm", confirm)
         worker.register("charge_payment", charge_payment)
         worker.register("send_confirmation_email", send_confirmation_email)
         return worker
@@ -348,20 +362,25 @@ class Run:
         """The order is processed, once."""
         pool = self.shop.pool
         tasks = await self.tasks()
-        names = [task["task_name"] for task in tasks]
-        assert names == ["process_order", "charge_payment", "send_confirmation_email"]
-        assert [task["status"] for task in tasks] == 3 * ["COMPLETED"]
-        assert [task["retry_count"] for task in tasks] == 3 * [0]
-        assert all(1 <= task["attempt"] <= 4 for task in tasks)
-        order, charge, email = (task["id"] for task in tasks)
+        assert [task["task_name"] for task in tasks] == NAMES
+        assert [task["status"] for task in tasks] == 5 * ["COMPLETED"]
+        assert [task["retry_count"] for task in tasks] == 5 * [0]
+        # A claim for each time that it was suspended, and some for the disturbance.
+        assert all(1 <= task["attempt"] <= 9 for task in tasks if task["task_name"] != "sleep")
+        order, charge, sleep, step, email = (task["id"] for task in tasks)
         assert tasks[0]["output"] == {"charge": {"payment": charge}, "email": "sent"}
-        log = await execute(
-            pool, "SELECT * FROM durable_events WHERE task_id = %s ORDER BY event_id", order
-        )
-        assert [(event["event_id"], event["child_task_id"]) for event in log] == [
-            (1, charge),
-            (2, email),
-        ]
+        log = await execute(pool, "SELECT * FROM durable_events ORDER BY task_id, event_id")
+        children = {
+            (event["task_id"], event["event_id"]): event["child_task_id"]
+            for event in log
+            if event["task_id"] in (order, step)
+        }
+        assert children == {
+            (order, 1): charge,
+            (order, 2): sleep,
+            (order, 3): step,
+            (step, 1): email,
+        }
         charges = await execute(pool, "SELECT * FROM payments WHERE order_id = %s", self.queue)
         assert [payment["idempotency_key"] for payment in charges] == [charge]
         await self.check_has_left()
@@ -401,7 +420,7 @@ def shop(lesson: Lesson, pool: Pool, queries: Queries, monkeypatch: pytest.Monke
     return Shop(lesson, pool, queries)
 
 
-@pytest.mark.since(10)
+@pytest.mark.since(13)
 @pytest.mark.parametrize(
     "disturb", ["cancel", "stop", "lose", "goodbye", "late", "zombie", "rival"]
 )
@@ -420,7 +439,8 @@ async def test_an_order_is_completed_wherever_its_worker_is_disturbed(
             try:
                 await run.play()
             except Exception as error:
-                failures.append(f"{disturb} {run.target}: {type(error).__name__} {error}")
+                rows = [(row["task_name"], row["status"]) for row in await run.tasks()]
+                failures.append(f"{disturb} {run.target}: {type(error).__name__} {error}: {rows}")
 
     await asyncio.gather(*(play_some() for _ in range(AT_ONCE)))
     reached = sum(run.fired for run in runs)

@@ -52,7 +52,7 @@ def worker_for(names: Any, lesson: Any, pool: Pool, queries: Any, *functions: An
 
 
 @pytest.mark.since(2)
-@pytest.mark.only(2, 4, 10)
+@pytest.mark.only(2, 4, 13)
 @few_examples
 @example("'; DROP TABLE tasks; --", ALL_NASTY)
 @given(TEXTS, TASKS)
@@ -67,7 +67,7 @@ async def test_names_inputs_and_outputs_are_never_sql(
 
 
 @pytest.mark.since(7)
-@pytest.mark.only(7, 10)
+@pytest.mark.only(7, 13)
 @few_examples
 @example("'; DROP TABLE tasks; --", ALL_NASTY)
 @given(TEXTS, TASKS)

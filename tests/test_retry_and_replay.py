@@ -12,7 +12,7 @@ from helpers import enqueue, execute, finished, get_task, wait_for, wait_for_sta
 from shared import Pool
 
 # rerun.py is the same file in all of them.
-pytestmark = [pytest.mark.since(7), pytest.mark.only(7, 10)]
+pytestmark = [pytest.mark.since(7), pytest.mark.only(7, 13)]
 
 
 class ResetLab(Lab):

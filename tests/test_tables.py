@@ -37,11 +37,12 @@ TASKS = {
     ],
     7: [("is_durable", "boolean", False, True)],
     10: [("lost_count", "integer", False, True)],
+    12: [("wake_at", "timestamp with time zone", True, False)],
 }
 # From lesson 10 on times and intervals are domains.
 DOMAINS = {"interval": "readable_interval", "timestamp with time zone": "readable_time"}
 
-FEW = pytest.mark.only(2, 4, 7, 10)  # the lessons in which these tables change
+FEW = pytest.mark.only(2, 4, 7, 10, 12)  # the lessons in which these tables change
 
 WORKERS = [
     ("id", "uuid", False),
@@ -147,6 +148,11 @@ SAME_FILES = {
     "08 09": "slots.py heartbeat.py housekeeping.py children.py durable_context.py rerun.py "
     "event_log.py errors.py models.py",
     "09 10": "slots.py heartbeat.py children.py rerun.py event_log.py errors.py",
+    "10 11": "heartbeat.py event_log.py errors.py call.py models.py",
+    "11 12": "worker.py slots.py heartbeat.py children.py rerun.py event_log.py errors.py call.py "
+    "notifications.py",
+    "12 13": "heartbeat.py housekeeping.py children.py rerun.py event_log.py errors.py models.py "
+    "notifications.py",
 }
 # Queries that are not what they are in the lesson before.
 CHANGED_QUERIES = {
@@ -154,6 +160,9 @@ CHANGED_QUERIES = {
     "06": "append_event",
     "09": "",
     "10": "requeue_lost_tasks reset_tasks",
+    "11": "create_task",
+    "12": "abandon_tasks",
+    "13": "abandon_tasks lock_children notify wake_tasks",
 }
 OF_DEMOS = {"create_payment", "get_payments"}
 
@@ -212,7 +221,7 @@ async def explain_claim(conn: Connection, lesson: Any, queries: Any) -> dict[str
 
 
 @pytest.mark.since(3)
-@pytest.mark.only(3, 4, 10)  # lessons with an index, or a claim, of their own
+@pytest.mark.only(3, 4, 13)  # lessons with an index, or a claim, of their own
 async def test_finished_tasks_cost_the_claim_nothing(lesson: Any, pool: Pool, queries: Any) -> None:
     """The claim reads as many rows as it returns, and not one of 200,000 finished ones."""
     async with pool.connection() as conn:

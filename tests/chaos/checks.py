@@ -21,7 +21,8 @@ CHECKS = {
     "an attempt that was never claimed": """
         SELECT *
         FROM tasks
-        WHERE attempt < 1 + retry_count + coalesce((to_jsonb(tasks) ->> 'lost_count')::INT, 0)
+        WHERE task_name <> 'sleep'
+          AND attempt < 1 + retry_count + coalesce((to_jsonb(tasks) ->> 'lost_count')::INT, 0)
     """,
     "an event without child": """
         SELECT *
@@ -50,13 +51,17 @@ CHECKS = {
         GROUP BY parent.id
         HAVING array_agg(child.task_name ORDER BY event_id) <> CASE parent.task_name
             WHEN 'ship' THEN '{hand_over}'
-            ELSE '{charge_payment,send_email,reserve_stock,print_label,ship}'
+            ELSE CASE WHEN to_jsonb(parent) ? 'wake_at'
+                THEN '{charge_payment,sleep,send_email,reserve_stock,print_label,ship}'
+                ELSE '{charge_payment,send_email,reserve_stock,print_label,ship}'
+            END
         END::TEXT[]
     """,
     "a step whose output is that of another task, or of an attempt that had lost it": """
         SELECT *
         FROM tasks
         WHERE NOT is_durable
+          AND task_name <> 'sleep'
           AND output <> jsonb_build_array(attempt, id)
     """,
     "a durable task whose output is not that of its last attempt and its children": """
@@ -68,6 +73,12 @@ CHECKS = {
         GROUP BY parent.id
         HAVING parent.output <>
             jsonb_build_array(parent.attempt) || jsonb_agg(child.output ORDER BY event_id)
+    """,
+    "a sleep that was too short, or was run by a worker": """
+        SELECT *
+        FROM tasks
+        WHERE task_name = 'sleep'
+          AND (attempt > 0 OR finished_at < (to_jsonb(tasks) ->> 'wake_at')::TIMESTAMPTZ)
     """,
     "a charge without payment, or a payment without charge": """
         SELECT id, input, payments.*

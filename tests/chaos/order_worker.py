@@ -8,6 +8,7 @@ import asyncio
 import json
 import random
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,22 @@ from shared import keep_trying, load_queries, open_pool, run
 from worker_process import set_globals
 
 SLOWEST_STEP = 0.3  # seconds; time for a fault to come between an effect and its record
+LONGEST_SLEEP = 1.0
 
 
 async def process_order(context: Any, input: Any) -> Any:
     """The durable task. It returns its attempt, and what its children have returned."""
     charge = await context.run_task("charge_payment", input)
+    # From lesson 12 on it sleeps; what a sleep returns is a part of the output, too.
+    naps = []
+    if hasattr(context, "sleep"):
+        naps = [await context.sleep(timedelta(seconds=random.uniform(0, LONGEST_SLEEP)))]
     email = await context.run_task("send_email", input)
     stock, label = await asyncio.gather(
         context.run_task("reserve_stock", input), context.run_task("print_label", input)
     )
     parcel = await context.run_task("ship", input, is_durable=True)
-    return [context.attempt, charge, email, stock, label, parcel]
+    return [context.attempt, charge, *naps, email, stock, label, parcel]
 
 
 async def ship(context: Any, input: Any) -> Any:

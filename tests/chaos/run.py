@@ -37,8 +37,8 @@ from shared.demo import show
 from shared.schema import schema_name
 
 TESTS = Path(__file__).parents[1]
-LESSON = TESTS.parent / "lessons" / "10-unruly-functions"
-SURVIVES_OUTAGES, STOPS = 8, 9  # from these lessons on
+LESSON = TESTS.parent / "lessons" / "13-suspension"
+SURVIVES_OUTAGES, STOPS, LISTENS = 8, 9, 11  # from these lessons on
 QUEUE = "orders"
 PATIENCE = 30.0  # seconds; reached only if something is wrong
 
@@ -132,7 +132,10 @@ class Chaos:
         self.started += 1
         log = self.directory / f"worker-{self.started}.log"
         settings = {
-            "POLL_INTERVAL": self.options.inactive_after / 50,
+            # Who listens is told of most things, and has to find the rest in good time.
+            "POLL_INTERVAL": self.options.inactive_after / (50 if self.lesson < LISTENS else 1),
+            "LISTEN_AGAIN": self.options.inactive_after / 5,
+            "SUSPEND_AFTER": self.options.inactive_after / 5,
             "HEARTBEAT_INTERVAL": self.options.inactive_after / 10,
             "INACTIVE_AFTER": self.options.inactive_after,
             "SHUTDOWN_GRACE": self.options.inactive_after,
@@ -294,6 +297,9 @@ class Chaos:
                 QUEUE,
                 Jsonb(input),
             )
+            if self.lesson >= LISTENS:
+                topic = "md5(current_schema() || ' ' || %s)"
+                self.query(f"SELECT pg_notify('tasks', {topic})", QUEUE)
 
     def settle(self) -> None:
         """The faults are over: let the workers finish, however long, as long as they get on."""
@@ -301,7 +307,7 @@ class Chaos:
         for worker in self.workers:
             worker.continue_at = worker.continue_at and time.monotonic()
         deadline, before = 0.0, -1
-        while unfinished := self.count("tasks WHERE status IN ('QUEUED', 'RUNNING')"):
+        while unfinished := self.count("tasks WHERE finished_at IS NULL"):
             if unfinished != before:
                 deadline, before = time.monotonic() + PATIENCE, unfinished
             if time.monotonic() > deadline:
