@@ -29,8 +29,8 @@ async def test_11_a_worker_is_told_and_without_its_listener_it_asks(
             "has been cut",
             "is there again",
         ]
-        waits = dict(re.findall(r"^  (\w.*?)  +(\d+  +\d+)", out, re.MULTILINE))
-        asking, told = map(int, waits["until a poll claims it"].split())
+        waits = dict(re.findall(r"^  (\w.*?)  +(\d+ ms  +\d+) ms", out, re.MULTILINE))
+        asking, told = map(int, waits["until a poll claims it"].split(" ms"))
         assert told < asking + 250, "a worker that is not told asks every second, or 500 ms later"
     assert [row["status"] for row in await orders(pool)] == ["COMPLETED"] * 44
     assert await execute(pool, "SELECT * FROM tasks WHERE status != 'COMPLETED'") == []

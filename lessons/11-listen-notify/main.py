@@ -282,7 +282,7 @@ async def run_task(demo: Demo) -> str:
     async with demo.pool.connection() as conn:
         task = Task(**await demo.queries.get_task(conn, id=task.id))
     assert task.finished_at is not None
-    return f"{(task.finished_at - task.inserted_at) / timedelta(milliseconds=1):.0f}"
+    return f"{(task.finished_at - task.inserted_at) / timedelta(milliseconds=1):.0f} ms"
 
 
 async def wait_for_listener(demo: Demo, is_there: bool) -> None:
@@ -321,12 +321,12 @@ async def told(demo: Demo) -> None:
         asking = await run_orders(demo)
     show(
         "a task that does nothing, with a POLL_INTERVAL of 1 second:",
-        [{"when the listener": when, "it takes ms": ms} for when, ms in took.items()],
+        [{"when the listener": when, "it takes": ms} for when, ms in took.items()],
     )
     show(
         f"an order of two steps that do nothing, on average of {ORDERS}:",
         [
-            {"it waits": what, "asking, ms": f"{asking[what]:.0f}", "told, ms": f"{told:.0f}"}
+            {"it waits": what, "asking": f"{asking[what]:.0f} ms", "told": f"{told:.0f} ms"}
             for what, told in being_told.items()
         ],
     )
@@ -366,7 +366,7 @@ async def breaks(demo: Demo) -> None:
     )
     assert charge.finished_at is not None
     slept = (email.inserted_at - charge.finished_at).total_seconds()
-    print(f"between the two steps lies a sleep of 3 seconds: it took {slept:.1f}")
+    print(f"between the two steps lies a sleep of 3 seconds: it took {slept:.1f} s")
 
 
 async def main(flags: argparse.Namespace) -> None:
