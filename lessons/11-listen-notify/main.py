@@ -315,14 +315,14 @@ async def told(demo: Demo) -> None:
         took["has been cut"] = await run_task(demo)
         await wait_for_listener(demo, True)
         took["is there again"] = await run_task(demo)
+        show(
+            "a task that does nothing, with a POLL_INTERVAL of 1 second:",
+            [{"when the listener": when, "it takes": ms} for when, ms in took.items()],
+        )
         notifications.LISTEN_AGAIN, worker.POLL_INTERVAL = 3600.0, 0.1
         await cut_listener(demo)
-        print("the listener stays away now, and POLL_INTERVAL is 0.1 seconds", flush=True)
+        print("now it is cut and stays away, and POLL_INTERVAL is 0.1 seconds", flush=True)
         asking = await run_orders(demo)
-    show(
-        "a task that does nothing, with a POLL_INTERVAL of 1 second:",
-        [{"when the listener": when, "it takes": ms} for when, ms in took.items()],
-    )
     show(
         f"an order of two steps that do nothing, on average of {ORDERS}:",
         [
