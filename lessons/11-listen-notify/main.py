@@ -285,20 +285,29 @@ async def run_task(demo: Demo) -> str:
     return f"{(task.finished_at - task.inserted_at) / timedelta(milliseconds=1):.0f} ms"
 
 
-async def wait_for_listener(demo: Demo, is_there: bool) -> None:
-    """Wait until the worker has a connection that listens, or has none."""
+async def listener(demo: Demo) -> int | None:
+    """The process of the server that has the worker's listening connection, if there is one."""
+    async with demo.pool.connection() as conn:
+        row = await demo.queries.get_listener(conn)
+    return row["pid"] if row else None
 
-    async def is_so() -> bool:
-        async with demo.pool.connection() as conn:
-            return (await demo.queries.get_listener(conn) is not None) == is_there
 
-    await wait_until(is_so, "the listener has come or gone", seconds=60)
+async def wait_for_listener(demo: Demo) -> None:
+    async def is_there() -> bool:
+        return await listener(demo) is not None
+
+    await wait_until(is_there, "the worker listens", seconds=60)
 
 
 async def cut_listener(demo: Demo) -> None:
+    pid = await listener(demo)
     async with demo.pool.connection() as conn:
-        await demo.queries.cut_connection(conn, **await demo.queries.get_listener(conn))
-    await wait_for_listener(demo, False)
+        await demo.queries.cut_connection(conn, pid=pid)
+
+    async def is_cut() -> bool:
+        return await listener(demo) != pid
+
+    await wait_until(is_cut, "the listener is cut", seconds=60)
 
 
 async def told(demo: Demo) -> None:
@@ -308,12 +317,12 @@ async def told(demo: Demo) -> None:
     demo.worker.register("order_nothing", order_nothing)
     took = {}
     async with demo.working():
-        await wait_for_listener(demo, True)
+        await wait_for_listener(demo)
         being_told = await run_orders(demo)
         took["is there"] = await run_task(demo)
         await cut_listener(demo)
         took["has been cut"] = await run_task(demo)
-        await wait_for_listener(demo, True)
+        await wait_for_listener(demo)
         took["is there again"] = await run_task(demo)
         show(
             "a task that does nothing, with a POLL_INTERVAL of 1 second:",
