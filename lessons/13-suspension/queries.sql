@@ -425,7 +425,7 @@ FROM pg_stat_activity
 WHERE application_name = :application_name
   AND datname = current_database();
 
--- name: get_waits(queue)^
+-- name: get_waits(ids)^
 -- The demo: how long orders of two steps waited on average, and for what.
 WITH orders AS (
     SELECT
@@ -437,7 +437,7 @@ WITH orders AS (
     JOIN durable_events AS event_2 ON event_2.task_id = parent.id AND event_2.event_id = 2
     JOIN tasks AS child_1 ON child_1.id = event_1.child_task_id
     JOIN tasks AS child_2 ON child_2.id = event_2.child_task_id
-    WHERE parent.queue = :queue
+    WHERE parent.id = ANY (:ids)
 )
 SELECT
     avg(inserted_at_1 - inserted_at) AS "until a poll claims it",
@@ -447,3 +447,14 @@ SELECT
     avg(finished_at - finished_at_2) AS "until it asks whether that has ended, too",
     avg(finished_at - inserted_at) AS "in all"
 FROM orders;
+
+-- name: get_listener()^
+-- The demo: the connection of this program that listens, which is seen by its last statement.
+SELECT pid
+FROM pg_stat_activity
+WHERE application_name = current_setting('application_name')
+  AND datname = current_database()
+  AND query ~ '^(LISTEN|SELECT md5)';
+
+-- name: cut_connection(pid)^
+SELECT pg_terminate_backend(:pid);
