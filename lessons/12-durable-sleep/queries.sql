@@ -381,12 +381,6 @@ FROM payments
 WHERE order_id = :order_id
 ORDER BY idempotency_key;
 
--- name: cut_connections(application_name)^
-SELECT count(pg_terminate_backend(pid)) AS connections
-FROM pg_stat_activity
-WHERE application_name = :application_name
-  AND datname = current_database();
-
 -- name: count_tasks(queue)
 -- The demo: how many tasks of a queue have which name and status.
 SELECT task_name, status, count(*) AS tasks
@@ -399,3 +393,32 @@ ORDER BY task_name, status;
 -- The demo: the rows of a queue that nobody will work on any more.
 DELETE FROM tasks
 WHERE queue = :queue;
+
+-- name: cut_connections(application_name)^
+SELECT count(pg_terminate_backend(pid)) AS connections
+FROM pg_stat_activity
+WHERE application_name = :application_name
+  AND datname = current_database();
+
+-- name: get_waits(queue)^
+-- The demo: how long orders of two steps waited on average, and for what.
+WITH orders AS (
+    SELECT
+        parent.inserted_at, parent.finished_at,
+        event_1.inserted_at AS inserted_at_1, child_1.finished_at AS finished_at_1,
+        event_2.inserted_at AS inserted_at_2, child_2.finished_at AS finished_at_2
+    FROM tasks AS parent
+    JOIN durable_events AS event_1 ON event_1.task_id = parent.id AND event_1.event_id = 1
+    JOIN durable_events AS event_2 ON event_2.task_id = parent.id AND event_2.event_id = 2
+    JOIN tasks AS child_1 ON child_1.id = event_1.child_task_id
+    JOIN tasks AS child_2 ON child_2.id = event_2.child_task_id
+    WHERE parent.queue = :queue
+)
+SELECT
+    avg(inserted_at_1 - inserted_at) AS "until a poll claims it",
+    avg(finished_at_1 - inserted_at_1) AS "until a poll claims its first step",
+    avg(inserted_at_2 - finished_at_1) AS "until it asks whether that has ended",
+    avg(finished_at_2 - inserted_at_2) AS "until a poll claims its second step",
+    avg(finished_at - finished_at_2) AS "until it asks whether that has ended, too",
+    avg(finished_at - inserted_at) AS "in all"
+FROM orders;
