@@ -376,6 +376,22 @@ async def breaks(demo: Demo) -> None:
     print("the last order had to be approved twice")
 
 
+async def work(functions: tuple[Any, ...]) -> None:
+    queries = load_queries(LESSON)
+    async with open_pool(LESSON) as pool:
+        demo = Demo(pool, Shop(pool, queries), queries, "experiment")
+        for function in functions:
+            demo.worker.register(function.__name__, function)
+        await demo.enqueue(functions[0].__name__, None, is_durable=True)
+        asyncio.get_running_loop().call_later(8, demo.worker.stop)
+        await demo.worker.start(demo.queue)
+
+
+def experiment(*functions: Any) -> None:
+    """For experiments: enqueue the first as a durable task, and let a worker run for 8 seconds."""
+    run(work(functions))
+
+
 async def main(flags: argparse.Namespace) -> None:
     queue = flags.worker or f"demo-{os.getpid()}"  # its own for each run: two do not mix
     queries = load_queries(LESSON)
