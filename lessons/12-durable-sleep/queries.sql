@@ -381,6 +381,19 @@ FROM payments
 WHERE order_id = :order_id
 ORDER BY idempotency_key;
 
+-- name: count_tasks(queue)
+-- The demo: how many tasks of a queue have which name and status.
+SELECT task_name, status, count(*) AS tasks
+FROM tasks
+WHERE queue = :queue
+GROUP BY task_name, status
+ORDER BY task_name, status;
+
+-- name: delete_tasks(queue)!
+-- The demo: the rows of a queue that nobody will work on any more.
+DELETE FROM tasks
+WHERE queue = :queue;
+
 -- name: cut_connections(application_name)^
 SELECT count(pg_terminate_backend(pid)) AS connections
 FROM pg_stat_activity

@@ -419,6 +419,34 @@ FROM payments
 WHERE order_id = :order_id
 ORDER BY idempotency_key;
 
+-- name: count_tasks(queue)
+-- The demo: how many tasks of a queue have which name and status.
+SELECT task_name, status, count(*) AS tasks
+FROM tasks
+WHERE queue = :queue
+GROUP BY task_name, status
+ORDER BY task_name, status;
+
+-- name: delete_tasks(queue)!
+-- The demo: the rows of a queue that nobody will work on any more.
+DELETE FROM tasks
+WHERE queue = :queue;
+
+-- name: end_sleeps(queue)!
+-- The demo: days pass.
+UPDATE tasks
+SET wake_at = now()
+WHERE queue = :queue
+  AND status = 'SLEEPING';
+
+-- name: approve(order_id)!
+-- The demo: an answer to the step that asks for it, written into its row.
+UPDATE tasks
+SET output = '"approved"'
+WHERE task_name = 'wait_for_approval'
+  AND status = 'RUNNING'
+  AND input ->> 'order_id' = :order_id;
+
 -- name: cut_connections(application_name)^
 SELECT count(pg_terminate_backend(pid)) AS connections
 FROM pg_stat_activity
