@@ -206,13 +206,23 @@ async def test_the_heart_beats_on_while_others_are_looked_after(
 
 @pytest.mark.since(8)
 @pytest.mark.flaw(7, reason="a heartbeat waits for whoever has locked its row")
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT FROM workers FOR NO KEY UPDATE",
+        "UPDATE workers SET display_name = display_name",
+        "DELETE FROM workers",
+    ],
+    ids=["select", "update", "delete"],
+)
 async def test_a_beat_does_not_wait_for_a_lock_on_its_own_row(
-    lesson: Any, pool: Pool, queries: Any
+    lesson: Any, pool: Pool, queries: Any, statement: str
 ) -> None:
+    """Nor by trying to register again, which waits for whoever is writing the row."""
     async with working(make_worker(lesson, pool, queries, echo, **QUICK)):
         await wait_for_beats(pool)
         async with pool.connection() as conn, conn.transaction():
-            await conn.execute("SELECT FROM workers FOR NO KEY UPDATE")
+            await conn.execute(statement)
             for _ in range(20):
                 await asyncio.sleep(0.02)
                 assert await sessions_that_wait_for_a_lock(pool) == []
