@@ -151,7 +151,7 @@ WITH previous AS (
 ), registered AS (
     INSERT INTO workers (id, display_name)
     SELECT :id, :display_name
-    WHERE NOT EXISTS (SELECT FROM previous)
+    WHERE NOT EXISTS (SELECT FROM workers WHERE id = :id)
     ON CONFLICT DO NOTHING
     RETURNING last_heartbeat_at, false AS was_in_touch
 )
