@@ -88,8 +88,9 @@ class Demo:
             _, already_recorded = await self.log.append(
                 conn, task, event_id, "TASK_STARTED", name, task.input
             )
-        what = f"found: {name} has begun" if already_recorded else f"appended: {name} begins"
-        print(f"attempt {task.attempt}, event {event_id} is {what}", flush=True)
+            # Before the commit, so that the line is out when --breaks sees the event and kills us.
+            what = f"found: {name} has begun" if already_recorded else f"appended: {name} begins"
+            print(f"attempt {task.attempt}, event {event_id} is {what}", flush=True)
         return already_recorded
 
     async def step(self, task: Task, event_id: int, name: str) -> None:
