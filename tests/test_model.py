@@ -23,7 +23,6 @@ from copy import deepcopy
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import count
-from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar, cast
 from uuid import UUID
 
@@ -936,15 +935,13 @@ class Engine(RuleBasedStateMachine):
 
     def suspending(self, claim: Claim, awaited: list[int]) -> Step:
         async def let_go(conn: Connection) -> bool:
-            context = SimpleNamespace(
-                _task=self.bench.lesson.models.Task(**self.claims[claim]),
-                task_id=claim.id,
-                attempt=claim.attempt,
-                pool=OnePool(conn),
-                queries=self.queries,
-            )
-            context_class: Any = self.bench.lesson.durable_context.DurableContext
-            return bool(await context_class._let_go(context, awaited))
+            lesson, pool = self.bench.lesson, OnePool(conn)
+            task = lesson.models.Task(**self.claims[claim])
+            context = lesson.durable_context.DurableContext(pool, self.queries, None, task, None)
+            context._waiting.update(awaited)
+            async with asyncio.timeout(DEADLINE):
+                await context.suspend()
+            return bool(context.left.done())
 
         return Step("suspend", let_go, lambda model, held: model.suspend(claim, awaited))
 
