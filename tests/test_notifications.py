@@ -7,6 +7,7 @@ told.
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -37,7 +38,7 @@ from helpers import (
     worker_process,
     working,
 )
-from lesson_loader import LESSONS, Lesson
+from lesson_loader import Lesson
 from shared import EmbeddedPostgres, Pool, load_queries, open_pool
 
 # notifications.py is the same file in all of them, and the worker of 12 is that of 11.
@@ -298,10 +299,10 @@ async def test_an_enqueue_that_is_rolled_back_wakes_nobody(
 
 
 async def test_other_queues_and_other_schemas_are_no_news(
-    lesson: Any, pool: Pool, queries: Any
+    lesson: Any, pool: Pool, queries: Any, tmp_path: Path
 ) -> None:
     """The channel is that of the database. In a schema of its own a queue is another queue."""
-    other = next(LESSONS.glob("11-*" if lesson.number == 12 else "12-*"))
+    other = shutil.copytree(lesson.path, tmp_path / "99-other")
     other_queries = load_queries(other)
     spy = Spied(queries)
     async with open_pool(other) as other_pool:
@@ -435,6 +436,29 @@ class IsMute(Spied):
     async def notify(self, conn: Any, **values: Any) -> None:
         self.calls["notify"] += 1
         raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+
+async def test_a_worker_that_cannot_tell_ends_as_it_should(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    """It puts back its tasks, says goodbye, and does not try again until its grace is over."""
+    started = asyncio.Event()
+
+    async def long(context: Any, input: Any) -> None:
+        started.set()
+        await asyncio.sleep(NEVER)
+
+    mute = IsMute(queries)
+    settings = QUICK | {"SHUTDOWN_GRACE": NEVER}
+    worker = make_worker(lesson, pool, mute, long, **settings)
+    async with working(worker) as start:
+        id = await create(pool, queries, "long", is_durable=True)
+        await started.wait()
+        worker.stop()
+        await asyncio.wait_for(start, DEADLINE)
+    assert mute.calls["notify"] >= 1
+    assert (await get_task(pool, id))["status"] == "QUEUED"
+    assert await execute(pool, "SELECT * FROM workers") == []
 
 
 async def test_a_parent_that_is_not_told_looks_after_one_interval(
