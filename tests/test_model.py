@@ -940,7 +940,7 @@ class Engine(RuleBasedStateMachine):
             context = lesson.durable_context.DurableContext(pool, self.queries, None, task, None)
             context._waiting.update(awaited)
             async with asyncio.timeout(DEADLINE):
-                await context.suspend()
+                await context.suspend(0.0)
             return bool(context.left.done())
 
         return Step("suspend", let_go, lambda model, held: model.suspend(claim, awaited))

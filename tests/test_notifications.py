@@ -208,6 +208,22 @@ async def test_a_step_that_only_another_worker_knows_is_told(
     assert row["output"] == [0, 1, 2]
 
 
+async def test_a_failure_with_retries_left_wakes_its_own_worker(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    """Nobody else is told: who has run it has a slot for it."""
+    calls: list[Any] = []
+
+    async def flaky(input: Any) -> None:
+        calls.append(input)
+        if len(calls) < 3:
+            raise ConnectionError("not yet")
+
+    async with told(lesson, pool, make_worker(lesson, pool, queries, flaky, **EARS_ONLY)):
+        row = await finished(pool, await create(pool, queries, "flaky", max_retries=2))
+    assert (row["status"], row["attempt"]) == ("COMPLETED", 3)
+
+
 @pytest.mark.parametrize("how", ["retry_task", "replay_task"])
 async def test_a_task_that_is_to_run_again_is_told(
     lesson: Any, pool: Pool, queries: Any, how: str
