@@ -512,6 +512,7 @@ class Engine(RuleBasedStateMachine):
         child = self.model.logs[claim.id][-1].child
         self.heartbeat(claim.worker)
         self.claim(claim.worker, (self.model.tasks[child].queue, False), ("step",), 50, False)
+        self.rows_are_what_the_model_says()
         steps = [self.ending(each, ends, 1) for each in self.live() if each.id == child]
         steps.insert(0 if first else 1, self.suspending(claim, [child]))
         self.do(steps[0], hold=True)
@@ -528,6 +529,7 @@ class Engine(RuleBasedStateMachine):
         children = [event.child for event in self.model.logs[claim.id]]
         self.heartbeat(claim.worker)
         self.claim(claim.worker, (self.model.tasks[claim.id].queue, False), ("step",), 50, False)
+        self.rows_are_what_the_model_says()
         for child in [each for each in self.live() if each.id in children][:2]:
             self.do(self.ending(child, "COMPLETED", 1), hold=True)
 
