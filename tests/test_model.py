@@ -23,7 +23,6 @@ from copy import deepcopy
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import count
-from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar, cast
 from uuid import UUID
 
@@ -513,6 +512,7 @@ class Engine(RuleBasedStateMachine):
         child = self.model.logs[claim.id][-1].child
         self.heartbeat(claim.worker)
         self.claim(claim.worker, (self.model.tasks[child].queue, False), ("step",), 50, False)
+        self.rows_are_what_the_model_says()
         steps = [self.ending(each, ends, 1) for each in self.live() if each.id == child]
         steps.insert(0 if first else 1, self.suspending(claim, [child]))
         self.do(steps[0], hold=True)
@@ -529,6 +529,7 @@ class Engine(RuleBasedStateMachine):
         children = [event.child for event in self.model.logs[claim.id]]
         self.heartbeat(claim.worker)
         self.claim(claim.worker, (self.model.tasks[claim.id].queue, False), ("step",), 50, False)
+        self.rows_are_what_the_model_says()
         for child in [each for each in self.live() if each.id in children][:2]:
             self.do(self.ending(child, "COMPLETED", 1), hold=True)
 
@@ -936,15 +937,13 @@ class Engine(RuleBasedStateMachine):
 
     def suspending(self, claim: Claim, awaited: list[int]) -> Step:
         async def let_go(conn: Connection) -> bool:
-            context = SimpleNamespace(
-                _task=self.bench.lesson.models.Task(**self.claims[claim]),
-                task_id=claim.id,
-                attempt=claim.attempt,
-                pool=OnePool(conn),
-                queries=self.queries,
-            )
-            context_class: Any = self.bench.lesson.durable_context.DurableContext
-            return bool(await context_class._let_go(context, awaited))
+            lesson, pool = self.bench.lesson, OnePool(conn)
+            task = lesson.models.Task(**self.claims[claim])
+            context = lesson.durable_context.DurableContext(pool, self.queries, None, task, None)
+            context._waiting.update(awaited)
+            async with asyncio.timeout(DEADLINE):
+                await context.suspend(0.0)
+            return bool(context.left.done())
 
         return Step("suspend", let_go, lambda model, held: model.suspend(claim, awaited))
 

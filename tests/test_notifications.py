@@ -7,6 +7,7 @@ told.
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -37,7 +38,7 @@ from helpers import (
     worker_process,
     working,
 )
-from lesson_loader import LESSONS, Lesson
+from lesson_loader import Lesson
 from shared import EmbeddedPostgres, Pool, load_queries, open_pool
 
 # notifications.py is the same file in all of them, and the worker of 12 is that of 11.
@@ -207,6 +208,22 @@ async def test_a_step_that_only_another_worker_knows_is_told(
     assert row["output"] == [0, 1, 2]
 
 
+async def test_a_failure_with_retries_left_wakes_its_own_worker(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    """Nobody else is told: who has run it has a slot for it."""
+    calls: list[Any] = []
+
+    async def flaky(input: Any) -> None:
+        calls.append(input)
+        if len(calls) < 3:
+            raise ConnectionError("not yet")
+
+    async with told(lesson, pool, make_worker(lesson, pool, queries, flaky, **EARS_ONLY)):
+        row = await finished(pool, await create(pool, queries, "flaky", max_retries=2))
+    assert (row["status"], row["attempt"]) == ("COMPLETED", 3)
+
+
 @pytest.mark.parametrize("how", ["retry_task", "replay_task"])
 async def test_a_task_that_is_to_run_again_is_told(
     lesson: Any, pool: Pool, queries: Any, how: str
@@ -232,34 +249,24 @@ async def test_a_task_that_is_to_run_again_is_told(
 async def test_what_a_worker_puts_back_at_its_end_is_told(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:
-    gates = [asyncio.Event(), asyncio.Event()]
     runs: list[Any] = []
 
-    async def gated(input: Any) -> None:
+    async def long_at_first(input: Any) -> None:
         runs.append(input)
-        await gates[len(runs) - 1].wait()
+        if len(runs) == 1:
+            await asyncio.sleep(NEVER)
 
-    first = make_worker(lesson, pool, queries, gated, concurrency=1, **EARS_ONLY)
-    second = make_worker(lesson, pool, queries, gated, concurrency=1, **EARS_ONLY)
+    first, second = [make_worker(lesson, pool, queries, long_at_first, **EARS_ONLY) for _ in "ab"]
     set_globals(lesson, {"SHUTDOWN_GRACE": 0.1})
-    async with working(first) as start, working(second):
-        await be_all_ears(lesson, pool, 2)
-        ids = [await create(pool, queries, "gated", n) for n in range(2)]
-        await wait_for(lambda: len(runs) == 2, "each has one")
-        other = [row["id"] for row in await tasks_of(pool, second)]
-        first.stop()
-        await start
-        gates.append(gates[0])
-        gates[0].set()
-        gates[1].set()
-        rows = [await finished(pool, id) for id in ids]
-    assert {row["id"]: row["attempt"] for row in rows} == {
-        id: 1 if id in other else 2 for id in ids
-    }
-
-
-async def tasks_of(pool: Pool, worker: Any) -> list[dict[str, Any]]:
-    return await execute(pool, "SELECT * FROM tasks WHERE worker_id = %s", worker.id)
+    async with working(first) as start:
+        id = await create(pool, queries, "long_at_first")
+        await wait_for(lambda: runs, "the first one has it")
+        async with working(second):
+            await be_all_ears(lesson, pool, 2)
+            first.stop()
+            await start
+            row = await finished(pool, id)
+    assert (row["status"], row["attempt"], row["worker_id"]) == ("COMPLETED", 2, second.id)
 
 
 async def test_a_queue_may_have_a_very_long_name(lesson: Any, pool: Pool, queries: Any) -> None:
@@ -298,10 +305,10 @@ async def test_an_enqueue_that_is_rolled_back_wakes_nobody(
 
 
 async def test_other_queues_and_other_schemas_are_no_news(
-    lesson: Any, pool: Pool, queries: Any
+    lesson: Any, pool: Pool, queries: Any, tmp_path: Path
 ) -> None:
     """The channel is that of the database. In a schema of its own a queue is another queue."""
-    other = next(LESSONS.glob("11-*" if lesson.number == 12 else "12-*"))
+    other = shutil.copytree(lesson.path, tmp_path / "99-other")
     other_queries = load_queries(other)
     spy = Spied(queries)
     async with open_pool(other) as other_pool:
@@ -378,28 +385,18 @@ async def test_full_workers_do_not_wake_each_other_for_ever(
             assert (await finished(pool, id))["status"] == "COMPLETED"
 
 
-async def test_what_ends_at_the_same_time_is_told_together(
+async def test_what_ends_within_an_interval_is_told_together(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:
-    release = asyncio.Event()
-
-    async def gated(input: Any) -> None:
-        await release.wait()
-
+    """Here one after the other, which alone keeps nobody from telling each of them."""
     spy = Spied(queries)
-    worker = make_worker(lesson, pool, spy, gated, TELL_INTERVAL=1.0, **EARS_ONLY)
+    worker = make_worker(lesson, pool, spy, echo, TELL_INTERVAL=1.0, **EARS_ONLY)
     async with told(lesson, pool, worker):
-        ids = [await create(pool, queries, "gated", n) for n in range(60)]
-        for id in ids:
-            await wait_for_status(pool, id, "RUNNING")
-        before = spy.calls["notify"]
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        release.set()
-        for id in ids:
-            await finished(pool, id)
-        await asyncio.sleep(0.2)
-        assert 1 <= spy.calls["notify"] - before <= 2 + (loop.time() - began)
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        for n in range(50):
+            await finished(pool, await create(pool, queries, "echo", n))
+        assert 1 <= spy.calls["notify"] <= 2 + (clock() - began)
 
 
 def test_who_notifies_writes_nothing(queries: Any) -> None:
@@ -435,6 +432,29 @@ class IsMute(Spied):
     async def notify(self, conn: Any, **values: Any) -> None:
         self.calls["notify"] += 1
         raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+
+async def test_a_worker_that_cannot_tell_ends_as_it_should(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    """It puts back its tasks, says goodbye, and does not try again until its grace is over."""
+    started = asyncio.Event()
+
+    async def long(context: Any, input: Any) -> None:
+        started.set()
+        await asyncio.sleep(NEVER)
+
+    mute = IsMute(queries)
+    settings = QUICK | {"SHUTDOWN_GRACE": NEVER}
+    worker = make_worker(lesson, pool, mute, long, **settings)
+    async with working(worker) as start:
+        id = await create(pool, queries, "long", is_durable=True)
+        await started.wait()
+        worker.stop()
+        await asyncio.wait_for(start, DEADLINE)
+    assert mute.calls["notify"] >= 1
+    assert (await get_task(pool, id))["status"] == "QUEUED"
+    assert await execute(pool, "SELECT * FROM workers") == []
 
 
 async def test_a_parent_that_is_not_told_looks_after_one_interval(

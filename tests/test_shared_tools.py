@@ -191,6 +191,30 @@ def test_watch_shows_workers_and_events(database: str) -> None:
     assert float(worker.split()[2]) >= 3600
 
 
+LESSON_13 = """
+CREATE SCHEMA lesson_13;
+CREATE TABLE lesson_13.tasks (
+    id BIGINT, task_name TEXT, input JSONB, output JSONB, status TEXT, wake_at TIMESTAMPTZ
+);
+INSERT INTO lesson_13.tasks VALUES
+    (1, 'order', '1', NULL, 'SUSPENDED', NULL),
+    (2, 'sleep', '1', 'null', 'SLEEPING', '2030-01-02 03:04:05.678'),
+    (3, 'order', '1', 'null', 'COMPLETED', NULL);
+"""
+
+
+def test_watch_shows_who_sleeps_until_when_and_who_is_suspended(database: str) -> None:
+    with psycopg.connect(database) as conn:
+        conn.execute(LESSON_13.encode())
+    shown = tool("watch", "13").stdout
+    assert "1 COMPLETED, 1 SLEEPING, 1 SUSPENDED" in shown
+    assert "wake_at" in shown
+    (sleeper,) = [line for line in shown.splitlines() if "sleep " in line]
+    assert "SLEEPING" in sleeper
+    assert "2030-01-02 03:04:05" in sleeper
+    assert shown.count(":05") == 1
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 def test_watch_in_an_encoding_without_its_characters(
     encoding: str, tasks: None, database: str, monkeypatch: pytest.MonkeyPatch

@@ -157,15 +157,15 @@ class DurableContext:
         """Let go of the row, and so of the slot, unless there is something to go on with."""
         # Nothing is appended meanwhile: what we wait for is what the log ends with.
         async with self._appending:
-            # Copied once: when the database is back, they may have finished, and none be awaited.
-            if ids := list(self._waiting):
-                is_gone = await keep_trying(lambda: self._let_go(ids))
+            if self._waiting:
+                is_gone = await keep_trying(self._let_go)
                 if is_gone and not self.left.done():
                     self.left.set_result(None)
         self._last_news = asyncio.get_running_loop().time()
 
-    async def _let_go(self, ids: list[int]) -> bool:
+    async def _let_go(self) -> bool:
         """Whether the row is not ours any more: it is SUSPENDED now, or has been taken from us."""
+        ids = list(self._waiting)
         async with self.pool.connection() as conn, conn.transaction():
             owned = await self.queries.lock_task_to_suspend(
                 conn, id=self.task_id, worker_id=self._task.worker_id, attempt=self.attempt
