@@ -296,7 +296,6 @@ async def suspended(demo: Demo) -> None:
     """Let 2,000 orders sleep, with 100 durable slots; others run meanwhile; then all go on."""
     logging.getLogger("worker").setLevel(logging.WARNING)  # else it says thousands of lines
     demo.worker.slots[True].limit = 100  # its durable_concurrency
-    demo.worker.register("ask_for_review", ask_for_review)
     async with demo.working():
         rows = [holds(demo, 0)]
         for number, more in ((100, 100), (2000, 1900)):
@@ -397,6 +396,7 @@ async def main(flags: argparse.Namespace) -> None:
     queries = load_queries(LESSON)
     async with open_pool(LESSON) as pool, open_pool(LESSON) as shop_pool:
         demo = Demo(pool, Shop(shop_pool, queries), queries, queue)
+        demo.worker.register("ask_for_review", ask_for_review)
         if flags.worker:
             logging.getLogger("worker").setLevel(logging.WARNING)  # the demo says what happens
             await demo.worker.start(queue)
