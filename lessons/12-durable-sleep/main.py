@@ -337,7 +337,6 @@ async def wait_for_count(demo: Demo, task_name: str, status: str, number: int) -
 async def breaks(demo: Demo) -> None:
     """Let orders do nothing but wait: they fill all durable slots, and nothing else starts."""
     logging.getLogger("worker").setLevel(logging.WARNING)  # else it says thousands of lines
-    demo.worker.register("ask_for_review", ask_for_review)
     await enqueue_reviews(demo, 2000)
     nested = Demo(demo.pool, demo.shop, demo.queries, f"{demo.queue}-nested")
     nested.worker.slots[True].limit = 1  # its durable_concurrency
@@ -361,6 +360,7 @@ async def main(flags: argparse.Namespace) -> None:
     async with open_pool(LESSON) as pool, open_pool(LESSON) as shop_pool:
         demo = Demo(pool, Shop(shop_pool, queries), queries, queue)
         demo.worker.register("confirm_later", confirm_later)
+        demo.worker.register("ask_for_review", ask_for_review)
         if flags.worker:
             heartbeat.HEARTBEAT_INTERVAL, heartbeat.INACTIVE_AFTER = 0.2, INACTIVE_AFTER
             logging.getLogger("worker").setLevel(logging.WARNING)  # the demo says what happens

@@ -296,7 +296,6 @@ async def suspended(demo: Demo) -> None:
     """Let 2,000 orders sleep, with 100 durable slots; others run meanwhile; then all go on."""
     logging.getLogger("worker").setLevel(logging.WARNING)  # else it says thousands of lines
     demo.worker.slots[True].limit = 100  # its durable_concurrency
-    demo.worker.register("ask_for_review", ask_for_review)
     async with demo.working():
         rows = [holds(demo, 0)]
         for number, more in ((100, 100), (2000, 1900)):
@@ -379,16 +378,16 @@ async def breaks(demo: Demo) -> None:
 async def work(functions: tuple[Any, ...]) -> None:
     queries = load_queries(LESSON)
     async with open_pool(LESSON) as pool:
-        demo = Demo(pool, Shop(pool, queries), queries, "experiment")
+        demo = Demo(pool, Shop(pool, queries), queries, functions[0].__name__)
         for function in functions:
             demo.worker.register(function.__name__, function)
         await demo.enqueue(functions[0].__name__, None, is_durable=True)
-        asyncio.get_running_loop().call_later(8, demo.worker.stop)
-        await demo.worker.start(demo.queue)
+        async with demo.working():
+            await demo.wait_until(all_finished, "all tasks have finished")
 
 
 def experiment(*functions: Any) -> None:
-    """For experiments: enqueue the first as a durable task, and let a worker run for 8 seconds."""
+    """For trials: let a worker run the first as a durable task, until all has finished."""
     run(work(functions))
 
 
@@ -397,6 +396,7 @@ async def main(flags: argparse.Namespace) -> None:
     queries = load_queries(LESSON)
     async with open_pool(LESSON) as pool, open_pool(LESSON) as shop_pool:
         demo = Demo(pool, Shop(shop_pool, queries), queries, queue)
+        demo.worker.register("ask_for_review", ask_for_review)
         if flags.worker:
             logging.getLogger("worker").setLevel(logging.WARNING)  # the demo says what happens
             await demo.worker.start(queue)
