@@ -27,7 +27,7 @@ CREATE TABLE tasks (
     attempt INT NOT NULL DEFAULT 0,
     is_durable BOOLEAN NOT NULL DEFAULT false,
     lost_count INT NOT NULL DEFAULT 0,
-    wake_at TIMESTAMPTZ
+    wake_at readable_time
 );
 
 -- The claim reads this index. It is partial: a finished task has no entry in it, once VACUUM

@@ -301,12 +301,19 @@ WHERE id = :id
   AND status = 'RUNNING'
 FOR UPDATE;
 
--- name: suspend_task(id)!
+-- name: suspend_task(id, ids)!
+-- Unless one of those that it waits for has finished.
 UPDATE tasks
 SET status = 'SUSPENDED',
     worker_id = NULL,
     output = NULL
-WHERE id = :id;
+WHERE id = :id
+  AND NOT EXISTS (
+      SELECT
+      FROM tasks AS child
+      WHERE child.id = ANY (:ids)
+        AND child.status IN ('COMPLETED', 'FAILED')
+  );
 
 -- name: get_event(task_id, event_id)^
 SELECT *
