@@ -481,7 +481,7 @@ async def explained(pool: Pool, statement: str, **parameters: Any) -> list[dict[
 def rows_read(nodes: list[dict[str, Any]]) -> float:
     """How many rows the scans of a plan have read from tables and indexes."""
     return sum(
-        (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
+        float(node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
         for node in nodes
         if "Scan" in node["Node Type"] and "Relation Name" in node
     )

@@ -43,6 +43,7 @@ class DurableContext:
         self._last_event_id = 0
         self._appending = asyncio.Lock()
         self.left = asyncio.get_running_loop().create_future()  # done when the row is let go
+        self.over = asyncio.Event()  # set when the function has ended, or was left behind
         self._slots = slots
         self._waiting: set[int] = set()  # children that calls wait for
         self._last_news = 0.0  # when a call got on, by the clock of the event loop
@@ -238,8 +239,11 @@ class DurableContext:
 
 
 async def suspend_all(contexts: Iterable[DurableContext]) -> None:
-    """Suspend whatever waits."""
+    """Suspend whatever waits, and let its function tidy up."""
     await asyncio.gather(*(context.suspend() for context in contexts))
+    for context in list(contexts):
+        if context.left.done():
+            await context.over.wait()
 
 
 def seconds_of(delay: timedelta) -> float:
