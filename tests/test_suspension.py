@@ -952,17 +952,21 @@ async def test_at_a_shutdown_functions_tidy_up_before_their_worker_is_gone(lab: 
 # Lost connections, and cancellations at the worst moment
 
 
-class AtCommit:
-    """Does something at the COMMIT of the first suspension."""
+class AtSuspension:
+    """Does something before or after a statement of the first suspension, or its COMMIT."""
 
-    def __init__(self, phase: str, action: Callable[[Connection], Awaitable[None]]) -> None:
+    def __init__(
+        self, name: str, phase: str, action: Callable[[Connection], Awaitable[None]]
+    ) -> None:
+        self.name = name
         self.phase = phase
         self.action = action
         self.points: list[Point] = []
 
     async def on_point(self, point: Point, conn: Connection | None) -> None:
-        is_it = point.name == "commit" and last_query.get()[0] == "suspend_task"
-        if is_it and point.phase == self.phase and not self.points:
+        is_ours = last_query.get()[0] in ("lock_task_to_suspend", "suspend_task")
+        is_it = is_ours and (point.name, point.phase) == (self.name, self.phase)
+        if is_it and not self.points:
             self.points.append(point)
             assert conn
             await self.action(conn)
@@ -974,7 +978,7 @@ async def lose(conn: Connection) -> None:
 
 
 @asynccontextmanager
-async def worker_at(lab: Lab, at: AtCommit, *functions: Any) -> AsyncIterator[Any]:
+async def worker_at(lab: Lab, at: AtSuspension, *functions: Any) -> AsyncIterator[Any]:
     async with open_watched(lab.pool, "watched", Watch(at.on_point)) as pool:
         watched = Lab(lab.lesson, pool, WatchedQueries(lab.queries))
         set_globals(lab.lesson, {"SUSPEND_AFTER": 0.2})
@@ -986,7 +990,7 @@ async def worker_at(lab: Lab, at: AtCommit, *functions: Any) -> AsyncIterator[An
 @pytest.mark.parametrize("phase", ["before", "after"])
 async def test_a_suspension_whose_answer_got_lost_is_no_failure(lab: Lab, phase: str) -> None:
     gate = Gate()
-    at = AtCommit(phase, lose)
+    at = AtSuspension("commit", phase, lose)
     id = await lab.enqueue(waits_for, 42)
     async with worker_at(lab, at, waits_for, gate.function):
         await wait_for(lambda: at.points, "the connection is lost")
@@ -997,6 +1001,28 @@ async def test_a_suspension_whose_answer_got_lost_is_no_failure(lab: Lab, phase:
     assert (row["retry_count"], row["lost_count"], gate.calls) == (0, 0, 1)
 
 
+async def test_a_child_that_ends_while_the_connection_is_lost_is_not_overlooked(lab: Lab) -> None:
+    """When the suspension is tried again nothing waits any more. It would never be woken."""
+    gate = Gate()
+
+    async def parent(context: Any, input: Any) -> Any:
+        await context.run_task("gated", 42)
+        lab.calls["got on"] += 1
+        return await context.run_task("step", 43)
+
+    async def let_it_get_on(conn: Connection) -> None:
+        gate.opened.set()
+        await wait_for(lambda: lab.calls["got on"], "the child has ended, and its parent knows it")
+        await lose(conn)
+
+    at = AtSuspension("lock_task_to_suspend", "before", let_it_get_on)
+    id = await lab.enqueue(parent)
+    async with worker_at(lab, at, parent, gate.function):
+        row = await finished(lab.pool, id)
+    assert at.points
+    assert (row["status"], row["output"]) == ("COMPLETED", 43)
+
+
 async def test_a_timeout_while_the_suspension_is_committed_is_not_recorded(lab: Lab) -> None:
     """Who wins is the row: it is suspended, and the failure of that attempt is refused."""
     gate = Gate()
@@ -1004,7 +1030,7 @@ async def test_a_timeout_while_the_suspension_is_committed_is_not_recorded(lab: 
     async def hold_up(conn: Connection) -> None:
         await asyncio.sleep(3600)  # until it is cancelled; what then is sent, is sent
 
-    at = AtCommit("before", hold_up)
+    at = AtSuspension("commit", "before", hold_up)
     id = await lab.enqueue(waits_for, 42, timeout=timedelta(seconds=1), max_retries=1)
     async with worker_at(lab, at, waits_for, gate.function) as worker:
         await wait_for(lambda: at.points, "it is about to be committed")
@@ -1022,7 +1048,7 @@ async def test_a_worker_that_ends_while_a_suspension_is_committed_loses_nothing(
     async def hold_up(conn: Connection) -> None:
         await asyncio.sleep(3600)
 
-    at = AtCommit("before", hold_up)
+    at = AtSuspension("commit", "before", hold_up)
     id = await lab.enqueue(waits_for, 42)
     async with worker_at(lab, at, waits_for, gate.function):
         await wait_for(lambda: at.points, "it is about to be committed")

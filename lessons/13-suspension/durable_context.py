@@ -155,13 +155,13 @@ class DurableContext:
             is_idle = asyncio.get_running_loop().time() >= self._last_news + idle
             if self._ended or not self._waiting or not is_idle:
                 return
-            if outcome := await keep_trying(self._let_go):
+            ids = list(self._waiting)  # once: a call that gets on while we try again is news
+            if outcome := await keep_trying(lambda: self._let_go(ids)):
                 self._ended = True
                 self.left.set_result(outcome)
 
-    async def _let_go(self) -> str | None:
+    async def _let_go(self, ids: list[int]) -> str | None:
         """Suspend the task, unless there is something to go on with; return how we lost its row."""
-        ids = list(self._waiting)
         async with self.pool.connection() as conn, conn.transaction():
             owned = await self.queries.lock_task_to_suspend(
                 conn, id=self.task_id, worker_id=self._task.worker_id, attempt=self.attempt
