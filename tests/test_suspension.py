@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -344,6 +345,7 @@ async def test_a_replay_is_refused_while_a_child_is_ending_and_does_not_wait_for
 
 async def test_a_replay_abandons_suspended_descendants_and_theirs(lab: Lab) -> None:
     async def fails(context: Any, input: Any) -> None:
+        context.suspend = forever  # it is to be there when its child has gone
         waits = asyncio.ensure_future(context.run_task("waits", 1, is_durable=True))
         await wait_for(is_suspended, "the child is suspended")
         waits.cancel()
@@ -355,20 +357,15 @@ async def test_a_replay_abandons_suspended_descendants_and_theirs(lab: Lab) -> N
     async def is_suspended() -> bool:
         return "SUSPENDED" in await statuses(lab.pool)
 
-    set_globals(lab.lesson, {"SUSPEND_AFTER": 0.3})
     id = await lab.enqueue(fails)
-    async with working(worker := lab.worker(waits, fails)):
-        # Itself it is held up, so that it is there when its child has gone.
-        for context in await wait_for(lambda: list(worker._contexts), "it runs"):
-            context.suspend = forever
-        assert (await finished(lab.pool, id))["status"] == "FAILED"
+    assert (await lab.finish(id, waits, fails))["status"] == "FAILED"
     await lab.lesson.rerun.replay_task(lab.pool, lab.queries, id)
     parent, child, sleeper = await lab.tasks()
     assert [row["status"] for row in (parent, child, sleeper)] == ["QUEUED", "FAILED", "FAILED"]
     assert child["output"] == sleeper["output"]
 
 
-async def forever(idle: float = 0.0) -> None:
+async def forever(idle: float) -> None:
     await asyncio.sleep(3600)
 
 
@@ -436,7 +433,6 @@ async def test_suspended_tasks_keep_no_slot_and_no_memory(lab: Lab) -> None:
         # The variables of a loop that waits may still hold a few.
         await wait_for(lambda: objects_left() <= 5, "nothing is left of them")
         assert not worker.children._waiting
-        assert not worker._contexts
 
 
 async def test_a_suspension_and_a_wake_up_are_few_statements(lab: Lab) -> None:
@@ -480,7 +476,7 @@ async def test_the_time_to_wait_begins_anew_with_each_call_that_gets_on(lab: Lab
     """
 
     async def steps(context: Any) -> None:
-        for n in range(60):
+        for n in range(30):
             await context.run_task("step", n)
         if context.attempt == 1:
             raise OSError("again")
@@ -492,12 +488,12 @@ async def test_the_time_to_wait_begins_anew_with_each_call_that_gets_on(lab: Lab
     async def is_done() -> int:
         return lab.calls["last"]
 
-    # To take up an event takes 5 ms more, all of them so long that it might be suspended.
-    lab.queries = Slow(lab.queries, "get_event", 0.005)
+    # To take up an event takes 10 ms more, all of them so long that it might be suspended.
+    lab.queries = Slow(lab.queries, "get_event", 0.01)
     set_globals(lab.lesson, {"SUSPEND_AFTER": 3600.0})
     id = await lab.enqueue(parent, max_retries=1)
     async with working(lab.worker(parent)):
-        await wait_for(lambda: lab.calls["59"], "all have been done", 60)
+        await wait_for(lambda: lab.calls["29"], "all have been done", 60)
         set_globals(lab.lesson, {"SUSPEND_AFTER": 0.1})
         await wait_for(is_done, "the last has been done")
         await wait_for_status(lab.pool, id, "SUSPENDED")
@@ -569,7 +565,7 @@ async def test_nested_durable_tasks_need_one_slot(lab: Lab) -> None:
     assert {row["attempt"] for row in await lab.tasks()} == {1}
 
 
-@pytest.mark.parametrize("slowest", [0.0, 2.0], ids=["quick", "slow"])
+@pytest.mark.parametrize("slowest", [0.0, 1.0], ids=["quick", "slow"])
 async def test_a_fan_out_is_replayed_no_oftener_than_it_may_be_suspended(
     lab: Lab, slowest: float
 ) -> None:
@@ -756,13 +752,16 @@ async def test_a_function_that_swallows_its_suspension_changes_nothing(lab: Lab,
     set_globals(lab.lesson, {"SHUTDOWN_GRACE": 0.3})
     id = await lab.enqueue(parent)
     worker = lab.worker(parent, gate.function, durable_concurrency=1)
-    async with working(worker):
-        await wait_for(lambda: lab.calls["swallowed"], "it has swallowed its cancellation")
-        assert (await get_task(lab.pool, id))["status"] == "SUSPENDED"
-        await wait_for(lambda: worker.slots[True].free, "its slot is free")
-        assert (await get_task(lab.pool, id))["status"] == "SUSPENDED"
-        gate.opened.set()
-        row = await finished(lab.pool, id)
+    try:
+        async with working(worker):
+            await wait_for(lambda: lab.calls["swallowed"], "it has swallowed its cancellation")
+            assert (await get_task(lab.pool, id))["status"] == "SUSPENDED"
+            await wait_for(lambda: worker.slots[True].free, "its slot is free")
+            assert (await get_task(lab.pool, id))["status"] == "SUSPENDED"
+            gate.opened.set()
+            row = await finished(lab.pool, id)
+    finally:
+        gate.opened.set()  # or it would never end
     assert (row["status"], row["output"], row["attempt"]) == ("COMPLETED", 42, 2)
     assert len(await lab.children(id)) == 1
 
@@ -905,48 +904,52 @@ async def test_a_zombie_suspends_nobody(lab: Lab, input_of: dict[str, Any]) -> N
 
 
 @posix_only
-async def test_at_a_shutdown_what_waits_is_suspended_at_once(
+async def test_a_shutdown_leaves_suspended_tasks_alone_and_puts_back_the_rest(
     lab: Lab, input_of: dict[str, Any]
 ) -> None:
-    """So the next worker does not run it before there is something to go on with."""
+    """What waits and has not left yet is put back: it may have something to go on with."""
     settings: dict[str, Any] = {"SUSPEND_AFTER": 3600.0, "SHUTDOWN_GRACE": 0.3}
-    id = await enqueue(lab.pool, "order", input_of, is_durable=True)
+    first = await enqueue(lab.pool, "order", input_of, is_durable=True)
+    async with worker_process(lab.lesson, script=SCRIPT, SUSPEND_AFTER=0.1):
+        await wait_for_status(lab.pool, first, "SUSPENDED")
     async with worker_process(lab.lesson, script=SCRIPT, **settings) as process:
-        await wait_for(lambda: noted(input_of, "asks"), "it waits for its child")
+        second = await enqueue(lab.pool, "order", input_of, is_durable=True)
+        asks = partial(noted, input_of, "asks", process.pid)
+        await wait_for(lambda: asks() == 2, "it runs both children")
         process.send_signal(signal.SIGTERM)
         assert await ended(process) == 0
-    order, approval = await lab.tasks()
-    assert (order["status"], order["attempt"], order["worker_id"]) == ("SUSPENDED", 1, None)
-    assert (approval["status"], approval["worker_id"]) == ("QUEUED", None)
+    before = [(row["status"], row["worker_id"]) for row in await lab.tasks()]
+    assert before == [("SUSPENDED", None), *3 * [("QUEUED", None)]]
     assert await execute(lab.pool, "SELECT id FROM workers") == []
     open_gate(input_of)
     async with worker_process(lab.lesson, script=SCRIPT):
-        await check_done_once(lab, id)
-    assert (await get_task(lab.pool, id))["attempt"] == 2
+        for id in (first, second):
+            row = await finished(lab.pool, id)
+            assert (row["output"], row["attempt"], row["lost_count"]) == ("approved", 2, 0)
 
 
-async def test_at_a_shutdown_functions_tidy_up_before_their_worker_is_gone(lab: Lab) -> None:
+async def test_a_shutdown_suspends_nobody_who_has_something_to_go_on_with(lab: Lab) -> None:
+    """One branch sleeps, another is between two steps: it is not to wait for the first one."""
+
+    async def steps(context: Any) -> None:
+        await context.run_task("step", "first")
+        if context.attempt == 1:
+            lab.calls["between"] += 1
+            await asyncio.sleep(3600)
+        await context.run_task("step", "last")
+
     async def parent(context: Any, input: Any) -> None:
-        try:
-            await context.sleep(HOUR)
-        finally:
-            lab.calls["begins to tidy up"] += 1
-            await asyncio.sleep(0.3)
-            lab.calls["has tidied up"] += 1
+        await asyncio.gather(context.sleep(HOUR), steps(context))
 
     set_globals(lab.lesson, {"SUSPEND_AFTER": 3600.0})
-    ids = [await lab.enqueue(parent) for _ in range(3)]
-
-    async def all_sleep() -> bool:
-        return (await statuses(lab.pool)).get("SLEEPING") == len(ids)
-
-    worker = lab.worker(parent)
-    async with working(worker) as start:
-        await wait_for(all_sleep, "they wait")
+    id = await lab.enqueue(parent)
+    async with working(worker := lab.worker(parent)) as start:
+        await wait_for(lambda: lab.calls["between"], "it is between two steps")
         worker.stop()
         await wait_for(start.done, "the worker has ended")
-        assert lab.calls == {"begins to tidy up": 3, "has tidied up": 3}
-    assert await statuses(lab.pool) == {"SUSPENDED": 3, "SLEEPING": 3}
+    async with working(lab.worker(parent)):
+        await wait_for(lambda: lab.calls["last"], "the next worker goes on")
+    assert [child["task_name"] for child in await lab.children(id)] == ["sleep", "step", "step"]
 
 
 # Lost connections, and cancellations at the worst moment
@@ -1060,21 +1063,26 @@ async def test_a_worker_that_ends_while_a_suspension_is_committed_loses_nothing(
     assert (row["status"], row["output"], row["attempt"]) == ("COMPLETED", 42, 2)
 
 
-async def test_two_suspenders_of_one_attempt(lab: Lab) -> None:
-    """The worker is told to stop just when it suspends a task because that only waits."""
+async def test_a_task_can_be_suspended_once(lab: Lab) -> None:
+    """Several do it at once, and again when it has been woken and runs elsewhere."""
     gate = Gate()
-    id = await lab.enqueue(waits_for, 42)
-    worker = lab.worker(waits_for, gate.function)
-    async with working(worker) as start:
+    contexts: list[Any] = []
+
+    async def parent(context: Any, input: Any) -> Any:
+        contexts.append(context)
+        return await context.run_task("gated", input)
+
+    set_globals(lab.lesson, {"SUSPEND_AFTER": 3600.0})
+    id = await lab.enqueue(parent, 42)
+    async with working(lab.worker(parent, gate.function)):
         await wait_for(lambda: gate.calls, "it waits")
-        for context in list(worker._contexts):
-            suspends = [context.suspend() for _ in range(5)]
-            await asyncio.gather(*suspends)
+        await asyncio.gather(*[contexts[0].suspend(0.0) for _ in range(5)])
         assert (await get_task(lab.pool, id))["status"] == "SUSPENDED"
+        await execute(lab.pool, "UPDATE tasks SET status = 'QUEUED' WHERE id = %s", id)
+        await wait_for(lambda: len(contexts) == 2, "it runs again")
+        await contexts[0].suspend(0.0)
+        assert (await get_task(lab.pool, id))["status"] == "RUNNING"
         gate.opened.set()
-        worker.stop()
-        await wait_for(start.done, "the worker has ended")
-    async with working(lab.worker(waits_for, gate.function)):
         row = await finished(lab.pool, id)
-    assert (row["output"], row["lost_count"]) == (42, 0)
+    assert (row["output"], row["attempt"], row["lost_count"]) == (42, 2, 0)
     assert len(await lab.children(id)) == 1

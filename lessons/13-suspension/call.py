@@ -39,7 +39,6 @@ async def call(
         _, ignoring = await asyncio.wait(left, timeout=grace)
         if ignoring:
             log.warning("task %d ignores its cancellation, and is left behind", context.task_id)
-        context.over.set()
     if context.left.done():
         return None, None  # nobody asks: the task is not ours any more
     if not in_time:

@@ -6,7 +6,7 @@ result, in place of running the step again.
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -43,7 +43,6 @@ class DurableContext:
         self._last_event_id = 0
         self._appending = asyncio.Lock()
         self.left = asyncio.get_running_loop().create_future()  # done when the row is let go
-        self.over = asyncio.Event()  # set when the function has ended, or was left behind
         self._slots = slots
         self._waiting: set[int] = set()  # children that calls wait for
         self._last_news = 0.0  # when a call got on, by the clock of the event loop
@@ -148,7 +147,7 @@ class DurableContext:
             await asyncio.sleep(idle)
             await self.suspend(idle)
 
-    async def suspend(self, idle: float = 0.0) -> None:
+    async def suspend(self, idle: float) -> None:
         """Let go of the row, and so of the slot, if calls wait, and none has got on for so long."""
         # Nothing is appended meanwhile: what we wait for is what the log ends with.
         async with self._appending:
@@ -236,14 +235,6 @@ class DurableContext:
                 f"task {self.task_id}, event {self._last_event_id + 1}: recorded are events up to "
                 f"{recorded}, asked for is nothing: the function returned"
             )
-
-
-async def suspend_all(contexts: Iterable[DurableContext]) -> None:
-    """Suspend whatever waits, and let its function tidy up."""
-    await asyncio.gather(*(context.suspend() for context in contexts))
-    for context in list(contexts):
-        if context.left.done():
-            await context.over.wait()
 
 
 def seconds_of(delay: timedelta) -> float:

@@ -14,14 +14,13 @@ from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 from uuid import uuid4
-from weakref import WeakSet
 
 from psycopg.types.json import Jsonb
 
 import heartbeat
 from call import call
 from children import Children
-from durable_context import DurableContext, suspend_all
+from durable_context import DurableContext
 from errors import NonRetryableError, child_error, is_retryable
 from heartbeat import Heartbeat
 from housekeeping import Housekeeping
@@ -75,7 +74,6 @@ class Worker:
             pool, queries, self.heartbeat, self._log, self.notifications.changed
         )
         self._functions: dict[str, TaskFunction] = {}
-        self._contexts: WeakSet[DurableContext] = WeakSet()
         self._told_to_stop = asyncio.Event()
 
     def register(self, task_name: str, function: TaskFunction) -> None:
@@ -119,7 +117,6 @@ class Worker:
             try:
                 await self._told_to_stop.wait()
                 await self._end(polls)
-                await self._in_time(lambda: suspend_all(self._contexts))
                 await self._end(durable)
                 await self._in_time(self._put_back_all)  # others go on with these at once
                 if plain:
@@ -222,7 +219,6 @@ class Worker:
         """Run one claimed task and record how it ended."""
         self._log(task, f"RUNNING {task.task_name}")
         context = DurableContext(self.pool, self.queries, self.children, task, self.slots[True])
-        self._contexts.add(context)
         function = self._call(task, context)
         output, error = await call(function, context, task.timeout, SHUTDOWN_GRACE)
         if context.left.done():
