@@ -338,8 +338,9 @@ FOR NO KEY UPDATE OF child;
 
 -- name: reset_tasks(ids)!
 -- Queue finished tasks again, with all their retries. `attempt` goes on: it is the fencing token.
+-- A sleep, which nobody would claim, goes on until its time.
 UPDATE tasks
-SET status = 'QUEUED',
+SET status = CASE WHEN wake_at IS NULL THEN 'QUEUED' ELSE 'SLEEPING' END::task_status,
     output = NULL,
     finished_at = NULL,
     schedule_timeout_at = NULL,

@@ -301,12 +301,19 @@ WHERE id = :id
   AND status = 'RUNNING'
 FOR UPDATE;
 
--- name: suspend_task(id)!
+-- name: suspend_task(id, ids)!
+-- Unless one of those that it waits for has finished.
 UPDATE tasks
 SET status = 'SUSPENDED',
     worker_id = NULL,
     output = NULL
-WHERE id = :id;
+WHERE id = :id
+  AND NOT EXISTS (
+      SELECT
+      FROM tasks AS child
+      WHERE child.id = ANY (:ids)
+        AND child.status IN ('COMPLETED', 'FAILED')
+  );
 
 -- name: get_event(task_id, event_id)^
 SELECT *
@@ -364,8 +371,9 @@ FOR NO KEY UPDATE OF child;
 
 -- name: reset_tasks(ids)!
 -- Queue finished tasks again, with all their retries. `attempt` goes on: it is the fencing token.
+-- A sleep, which nobody would claim, goes on until its time.
 UPDATE tasks
-SET status = 'QUEUED',
+SET status = CASE WHEN wake_at IS NULL THEN 'QUEUED' ELSE 'SLEEPING' END::task_status,
     output = NULL,
     finished_at = NULL,
     schedule_timeout_at = NULL,
