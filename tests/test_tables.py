@@ -161,10 +161,10 @@ CHANGED_QUERIES = {
     "09": "",
     "10": "requeue_lost_tasks reset_tasks",
     "11": "create_task",
-    "12": "abandon_tasks",
+    "12": "abandon_tasks reset_tasks",
     "13": "abandon_tasks lock_children notify wake_tasks",
 }
-OF_DEMOS = {"create_payment", "get_payments"}
+OF_DEMOS = {"create_payment", "get_payments", "get_waits"}
 
 
 def path_of(number: str) -> Path:
