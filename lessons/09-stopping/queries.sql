@@ -315,12 +315,6 @@ FROM payments
 WHERE order_id = :order_id
 ORDER BY idempotency_key;
 
--- name: cut_connections(application_name)^
-SELECT count(pg_terminate_backend(pid)) AS connections
-FROM pg_stat_activity
-WHERE application_name = :application_name
-  AND datname = current_database();
-
 -- name: delete_tasks(queue)!
 -- The demo: the rows of a queue that nobody will work on any more.
 DELETE FROM tasks

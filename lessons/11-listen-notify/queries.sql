@@ -355,12 +355,6 @@ FROM payments
 WHERE order_id = :order_id
 ORDER BY idempotency_key;
 
--- name: cut_connections(application_name)^
-SELECT count(pg_terminate_backend(pid)) AS connections
-FROM pg_stat_activity
-WHERE application_name = :application_name
-  AND datname = current_database();
-
 -- name: get_waits(ids)^
 -- The demo: how long orders of two steps waited on average, and for what.
 WITH orders AS (

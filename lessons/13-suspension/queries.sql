@@ -435,11 +435,6 @@ WHERE queue = :queue
 GROUP BY task_name, status
 ORDER BY task_name, status;
 
--- name: delete_tasks(queue)!
--- The demo: the rows of a queue that nobody will work on any more.
-DELETE FROM tasks
-WHERE queue = :queue;
-
 -- name: end_sleeps(queue)!
 -- The demo: days pass.
 UPDATE tasks
@@ -454,43 +449,3 @@ SET output = '"approved"'
 WHERE task_name = 'wait_for_approval'
   AND status = 'RUNNING'
   AND input ->> 'order_id' = :order_id;
-
--- name: cut_connections(application_name)^
-SELECT count(pg_terminate_backend(pid)) AS connections
-FROM pg_stat_activity
-WHERE application_name = :application_name
-  AND datname = current_database();
-
--- name: get_waits(ids)^
--- The demo: how long orders of two steps waited on average, and for what.
-WITH orders AS (
-    SELECT
-        parent.inserted_at, parent.finished_at,
-        event_1.inserted_at AS inserted_at_1, child_1.finished_at AS finished_at_1,
-        event_2.inserted_at AS inserted_at_2, child_2.finished_at AS finished_at_2
-    FROM tasks AS parent
-    JOIN durable_events AS event_1 ON event_1.task_id = parent.id AND event_1.event_id = 1
-    JOIN durable_events AS event_2 ON event_2.task_id = parent.id AND event_2.event_id = 2
-    JOIN tasks AS child_1 ON child_1.id = event_1.child_task_id
-    JOIN tasks AS child_2 ON child_2.id = event_2.child_task_id
-    WHERE parent.id = ANY (:ids)
-)
-SELECT
-    avg(inserted_at_1 - inserted_at) AS "until a poll claims it",
-    avg(finished_at_1 - inserted_at_1) AS "until a poll claims its first step",
-    avg(inserted_at_2 - finished_at_1) AS "until it asks whether that has ended",
-    avg(finished_at_2 - inserted_at_2) AS "until a poll claims its second step",
-    avg(finished_at - finished_at_2) AS "until it asks whether that has ended, too",
-    avg(finished_at - inserted_at) AS "in all"
-FROM orders;
-
--- name: get_listener()^
--- The demo: the connection of this program that listens, which is seen by its last statement.
-SELECT pid
-FROM pg_stat_activity
-WHERE application_name = current_setting('application_name')
-  AND datname = current_database()
-  AND query ~ '^(LISTEN|SELECT md5)';
-
--- name: cut_connection(pid)^
-SELECT pg_terminate_backend(:pid);
