@@ -19,6 +19,7 @@ from helpers import (
     finished,
     get_task,
     make_worker,
+    set_globals,
     wait_for,
     worker_process,
     working,
@@ -180,6 +181,10 @@ async def test_a_second_cancellation_while_functions_tidy_up_puts_their_tasks_ba
     worker = make_worker(lesson, pool, queries, tidy, SHUTDOWN_GRACE=DEADLINE)
     start = asyncio.create_task(worker.start(QUEUE))
     await started.wait()
+    # Not in the middle of a claim, which a second cancellation does not wait for: if it takes the
+    # task that has just been put back, others have to take that over.
+    set_globals(lesson, {"POLL_INTERVAL": FOR_EVER, "HEARTBEAT_INTERVAL": FOR_EVER})
+    await asyncio.sleep(1.5)
     for _ in range(2):
         start.cancel()
         await tidying.wait()
