@@ -7,6 +7,7 @@ with mutants of the trigger and of the suspension, which must be seen to lose it
 
 import asyncio
 import gc
+import logging
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -394,7 +395,10 @@ class Gate:
         return self.gated
 
 
-async def test_what_waits_leaves_and_comes_back_with_the_next_attempt(lab: Lab) -> None:
+async def test_what_waits_leaves_and_comes_back_with_the_next_attempt(
+    lab: Lab, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "worker")
     gate = Gate()
     id = await lab.enqueue(waits_for, 42)
     worker = lab.worker(waits_for, gate.function)
@@ -409,6 +413,13 @@ async def test_what_waits_leaves_and_comes_back_with_the_next_attempt(lab: Lab) 
         row = await finished(lab.pool, id)
     assert (row["status"], row["output"], row["attempt"]) == ("COMPLETED", 42, 2)
     assert (row["retry_count"], row["lost_count"], gate.calls) == (0, 0, 1)
+    told = [message.split(f", task {id}, ") for message in caplog.messages]
+    assert [words[1] for words in told if len(words) == 2] == [
+        "attempt 1: RUNNING waits_for",
+        "attempt 1: SUSPENDED",
+        "attempt 2: RUNNING waits_for",
+        "attempt 2: COMPLETED",
+    ]
 
 
 async def test_suspended_tasks_keep_no_slot_and_no_memory(lab: Lab) -> None:
