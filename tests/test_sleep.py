@@ -30,6 +30,7 @@ from shared import Pool, open_connection
 pytestmark = pytest.mark.since(12)
 SCRIPT = Path(__file__).parent / "waiting_process.py"
 HOUR = timedelta(hours=1)
+ONCE = pytest.mark.only(12)  # what the next lesson does not touch
 
 
 @pytest.fixture
@@ -107,6 +108,7 @@ async def test_a_sleep_is_a_child_task_that_nobody_runs(lab: Lab) -> None:
     assert [row["kind"] for row in kinds] == ["SLEEP_STARTED", "TASK_STARTED"]
 
 
+@ONCE
 async def test_event_and_sleep_are_written_in_one_transaction(lab: Lab) -> None:
     async def parent(context: Any, input: Any) -> None:
         await context.sleep(timedelta(0))
@@ -131,6 +133,7 @@ async def is_all_over(pool: Pool) -> bool:
     return set(await statuses(pool)) <= {"COMPLETED", "FAILED"}
 
 
+@ONCE
 @pytest.mark.parametrize(
     ("delay", "seconds"),
     [
@@ -156,6 +159,7 @@ async def test_any_delay_up_to_a_thousand_years_is_recorded(
     assert len(await lab.children(id)) == 1
 
 
+@ONCE
 @pytest.mark.parametrize(
     ("delay", "error", "text"),
     [
@@ -180,6 +184,7 @@ async def test_what_is_no_delay_is_refused_at_the_call_and_takes_no_event_id(
     assert [child["event_id"] for child in await lab.children(row["id"])] == [1]
 
 
+@ONCE
 async def test_a_day_has_24_hours_in_every_time_zone(lab: Lab) -> None:
     """Two in the year would have an hour more or less, were days counted in a zone."""
     days = range(30, 360, 30)  # one of these ends on the other side of a change, on any day
@@ -193,6 +198,7 @@ async def test_a_day_has_24_hours_in_every_time_zone(lab: Lab) -> None:
     assert [row["seconds"] for row in await sleepers(lab.pool)] == [n * 86_400 for n in days]
 
 
+@ONCE
 async def test_a_time_that_python_cannot_read_is_refused(lab: Lab) -> None:
     """It would end every worker that wakes the sleeper, or asks for it."""
     for time in ("infinity", "-infinity"):
@@ -254,6 +260,7 @@ async def test_sleeps_and_steps_at_once(lab: Lab) -> None:
     assert lab.calls == {"2": 1}
 
 
+@ONCE
 @pytest.mark.parametrize("sleeps_first", [False, True])
 async def test_a_sleep_in_the_place_of_a_task_is_non_determinism(
     lab: Lab, sleeps_first: bool
@@ -276,6 +283,7 @@ async def test_a_sleep_in_the_place_of_a_task_is_non_determinism(
     assert all(text in row["output"]["error"] for text in asked), row["output"]
 
 
+@ONCE
 async def test_an_attempt_that_has_ended_cannot_go_to_sleep(lab: Lab) -> None:
     errors: list[str] = []
 
@@ -308,6 +316,7 @@ def notes(directory: Path) -> list[str]:
     return [f"{pids.index(pid)} {word}" for pid, word in lines]
 
 
+@ONCE
 async def test_killed_before_the_commit_there_is_neither_event_nor_sleep(
     lab: Lab, tmp_path: Path
 ) -> None:
