@@ -344,6 +344,23 @@ async def test_a_replay_is_refused_while_a_child_is_ending_and_does_not_wait_for
     assert (await get_task(lab.pool, family.children[0]))["status"] == "FAILED"
 
 
+@pytest.mark.parametrize("again", ["retry_task", "replay_task"])
+async def test_a_child_that_is_ending_is_refused_without_waiting_for_it(
+    lab: Lab, again: str
+) -> None:
+    """It will wait for its suspended parent, which is held meanwhile."""
+    family = await Family(lab).make(1, status="SUSPENDED", worker_id=None)
+    (child,) = family.children
+    await execute(lab.pool, "UPDATE tasks SET is_durable = true WHERE id = %s", child)
+    async with await open_connection(lab.pool) as conn, conn.transaction():
+        await conn.execute("SELECT id FROM tasks WHERE id = %s FOR UPDATE", [child])
+        async with asyncio.timeout(10):
+            with pytest.raises(ValueError, match=f"task {child} is RUNNING"):
+                await getattr(lab.lesson.rerun, again)(lab.pool, lab.queries, child)
+        await family.finish(conn)
+    assert await family.status() == "QUEUED"
+
+
 async def test_a_replay_abandons_suspended_descendants_and_theirs(lab: Lab) -> None:
     async def fails(context: Any, input: Any) -> None:
         context.suspend = forever  # it is to be there when its child has gone
