@@ -14,7 +14,7 @@ class Slots:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.running: dict[asyncio.Task[None], Task] = {}
-        self.parked: Counter[object] = Counter()  # which wait for others, each for how many
+        self.parked: Counter[object] = Counter()  # those that need no slot: for how many each waits
         self.more_waiting = False  # did the last claim fill every slot that it found free?
         self._wake = asyncio.Event()  # set when there is a reason to claim at once
 
