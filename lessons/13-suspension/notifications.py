@@ -58,7 +58,7 @@ class Notifications:
             slots.news()
 
     def changed(self, task: Task) -> None:
-        """Tell whom it concerns what somebody other than its function has done to a task."""
+        """Tell of a task that housekeeping has queued again, or ended."""
         if task.status == "QUEUED":
             self.available(task.queue)
         else:

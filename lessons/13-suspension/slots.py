@@ -15,7 +15,7 @@ class Slots:
         self.limit = limit
         self.running: dict[asyncio.Task[None], Task] = {}
         self.parked: Counter[object] = Counter()  # those that need no slot: for how many each waits
-        self.more_waiting = False  # did the last claim fill every slot that it found free?
+        self.more_waiting = False  # may there be more than the last claim took?
         self._wake = asyncio.Event()  # set when there is a reason to claim at once
 
     @property
