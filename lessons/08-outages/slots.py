@@ -12,7 +12,7 @@ class Slots:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.running: dict[asyncio.Task[None], Task] = {}
-        self.more_waiting = False  # did the last claim fill every slot that it found free?
+        self.more_waiting = False  # may there be more than the last claim took?
         self._wake = asyncio.Event()  # set when there is a reason to claim at once
 
     @property
