@@ -312,7 +312,9 @@ class Model:
     def _resettable(self, id: int, *states: str) -> ModelTask:
         task = self.tasks.get(id)
         parent = self.parent(id)
-        self._touch([each for each in (parent, task) if each is not None])
+        # The child of one that has not finished may be ending, and waits for its parent then.
+        is_free = parent is None or parent.status in FINISHED
+        self._touch([each for each in (parent, task if is_free else None) if each is not None])
         if task is None or not task.is_durable or task.status not in states:
             raise Refused("ValueError")
         if parent is not None and parent.status not in FINISHED:

@@ -151,7 +151,7 @@ SAME_FILES = {
     "10 11": "heartbeat.py event_log.py errors.py call.py models.py",
     "11 12": "worker.py slots.py heartbeat.py children.py rerun.py event_log.py errors.py call.py "
     "notifications.py",
-    "12 13": "heartbeat.py housekeeping.py children.py rerun.py event_log.py errors.py models.py "
+    "12 13": "heartbeat.py housekeeping.py children.py event_log.py errors.py models.py "
     "notifications.py",
 }
 # Queries that are not what they are in the lesson before.
