@@ -486,7 +486,11 @@ async def test_a_worker_that_is_killed_between_its_commit_and_telling(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:
     """Its outcome is there, and the parent on another worker finds it after one interval."""
-    settings: dict[str, Any] = QUICK | {"POLL_INTERVAL": 0.5, "INACTIVE_AFTER": NEVER}
+    settings: dict[str, Any] = QUICK | {
+        "POLL_INTERVAL": 0.5,
+        "INACTIVE_AFTER": NEVER,
+        "SUSPEND_AFTER": NEVER,
+    }
     parents = make_worker(lesson, pool, queries, order, concurrency=0, **settings)
     async with (
         working(parents),
