@@ -108,8 +108,8 @@ class DurableContext:
         """Wait for a signal of that name, and return its payload; await the result of this call.
 
         One that came before is received at once, the oldest first; each is received by one wait.
-        Raises SignalTimeoutError if none comes within `timeout`, which is recorded like the delay
-        of a sleep, and what run_task and sleep raise.
+        Raises SignalTimeoutError if none comes within `timeout`, in every later attempt as well.
+        The time is recorded once, like that of a sleep. Raises what sleep raises.
         """
         self._check_not_ended()
         seconds = None if timeout is None else seconds_of(timeout)
@@ -126,7 +126,7 @@ class DurableContext:
     async def _receive(self, event_id: int, name: str, create: CreateChild) -> Any:
         output = await self._run_child(event_id, "SIGNAL_AWAITED", name, None, create)
         if "payload" not in output:
-            raise SignalTimeoutError(f"no signal {name!r} came in time")
+            raise SignalTimeoutError(f"no signal {name!r} has come in time")
         return output["payload"]
 
     async def _run_child(
@@ -214,10 +214,10 @@ class DurableContext:
             async def create_child() -> int:
                 return int((await create(conn))["id"])
 
-            event, _ = await EventLog(self.queries).append(
+            event, is_recorded = await EventLog(self.queries).append(
                 conn, self._task, event_id, kind, task_name, input, create_child
             )
-            if kind == "SIGNAL_AWAITED":  # which may have come before
+            if kind == "SIGNAL_AWAITED" and not is_recorded:  # it may have come before
                 await self.queries.deliver_signal(conn, task_id=self.task_id, name=task_name)
             return Task(**await self.queries.get_task(conn, id=event.child_task_id))
 

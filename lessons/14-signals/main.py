@@ -1,15 +1,14 @@
-"""Lesson 13: who waits leaves, and comes back when there is something to go on with.
+"""Lesson 14: something outside can finish a wait.
 
-python main.py            2,000 orders sleep, with 100 durable slots
+python main.py            an approval is sent before its order waits, after that, twice, and never
 python main.py --crash    two worker processes, of which one is killed after the charge
 python main.py --retry    an order fails, is mended, and goes on where it failed
 python main.py --replay   an order is completed, and then processed anew
-python main.py --breaks   steps that wait for an approval keep their slots, and one asks too late
+python main.py --breaks   an order is processed but for a wrong email, and all there is is a replay
 """
 
 import argparse
 import asyncio
-import gc
 import logging
 import os
 import subprocess
@@ -26,10 +25,12 @@ from psycopg.conninfo import make_conninfo
 from psycopg.types.json import Jsonb
 
 from durable_context import DurableContext
+from errors import SignalTimeoutError
 from models import DurableEvent, Task
 from rerun import replay_task, retry_task
 from shared import Pool, Queries, database_url, load_queries, open_pool, run
 from shared.demo import show, wait_until
+from signals import send_signal
 from worker import Worker, current_task
 
 LESSON = Path(__file__).parent
@@ -49,6 +50,7 @@ class Shop:
         self.pool = pool  # not the worker's: whatever a function does to a connection stays here
         self.queries = queries
         self.mail_server_is_up = True
+        self.news = "is confirmed"
 
     async def charge_payment(self, input: Any) -> Any:
         key = current_task.get().id  # the same in every attempt: nobody is charged twice
@@ -64,21 +66,12 @@ class Shop:
         if not self.mail_server_is_up:
             raise ConnectionError("the mail server is down")
         await asyncio.sleep(1)
-        print(f"email: {input['order_id']} is confirmed", flush=True)
+        print(f"email: {input['order_id']} {self.news}", flush=True)
         return "sent"
 
     async def pack_parcel(self, input: Any) -> Any:
         await asyncio.sleep(input["seconds"])
         return "packed"
-
-    async def wait_for_approval(self, input: Any) -> Any:
-        """Look every half second whether somebody has written an answer into our row."""
-        while True:
-            async with self.pool.connection() as conn:
-                row = await self.queries.get_task(conn, id=current_task.get().id)
-            if row["output"] is not None:
-                return row["output"]
-            await asyncio.sleep(0.5)
 
 
 class Demo:
@@ -248,32 +241,41 @@ async def replay(demo: Demo) -> None:
     print("two charges: the log was deleted, so every step was run again as a new child task")
 
 
-async def ask_for_review(context: DurableContext, input: Any) -> Any:
-    """Let the customer try it for a while, and then ask how it was."""
-    await context.sleep(timedelta(days=3))
-    return f"how was {input['order_id']}?"
+async def ask_for_approval(context: DurableContext, input: Any) -> Any:
+    """An order that somebody has to approve before it is charged, which may take days."""
+    try:
+        approval = await context.wait_for_signal("approval", timeout=timedelta(days=3))
+    except SignalTimeoutError:
+        return "cancelled: nobody has answered"
+    await context.run_task("charge_payment", input)
+    return f"approved by {approval['by']}"
 
 
-async def enqueue_reviews(demo: Demo, number: int) -> None:
-    """In one transaction: its commit is on disk, and told, once."""
+async def enqueue_orders(demo: Demo, number: int) -> list[Task]:
+    """In one transaction. The first of them is approved in it, too: no worker can be earlier."""
+    orders = []
     async with demo.pool.connection() as conn, conn.transaction():
         for _ in range(number):
-            await demo.queries.create_task(
+            row = await demo.queries.create_task(
                 conn,
                 queue=demo.queue,
-                task_name="ask_for_review",
-                input=Jsonb({"order_id": f"order-{uuid4().hex[:8]}"}),
+                task_name="ask_for_approval",
+                input=Jsonb({"order_id": f"order-{uuid4().hex[:8]}", "amount": 42}),
                 max_retries=0,
                 timeout=None,
                 schedule_timeout=None,
                 priority=1,
                 is_durable=True,
             )
+            orders.append(Task(**row))
+        await send_signal(conn, demo.queries, orders[0].id, "approval", {"by": "Ann"})
+    return orders
 
 
-async def process_basket(context: DurableContext, input: Any) -> Any:
-    """A durable task whose step is a durable task, too."""
-    return await context.run_task("process_order", input, is_durable=True)
+async def approve(demo: Demo, order: Task, by: str, idempotency_key: str | None = None) -> None:
+    """What somebody's click in a browser ends up as."""
+    async with demo.pool.connection() as conn:
+        await send_signal(conn, demo.queries, order.id, "approval", {"by": by}, idempotency_key)
 
 
 async def counts(demo: Demo) -> list[dict[str, Any]]:
@@ -282,98 +284,70 @@ async def counts(demo: Demo) -> list[dict[str, Any]]:
         return [row async for row in demo.queries.count_tasks(conn, queue=demo.queue)]
 
 
-async def wait_for_count(demo: Demo, task_name: str, status: str, number: int) -> None:
-    """Wait until so many tasks of that name have that status."""
-    row = {"task_name": task_name, "status": status, "tasks": number}
+async def approvals(demo: Demo) -> None:
+    """Send an approval before its order waits, after that, twice, and never."""
+    logging.getLogger("worker").setLevel(logging.WARNING)  # else it says hundreds of lines
+    demo.worker.register("ask_for_approval", ask_for_approval)
 
-    async def is_true() -> bool:
-        return row in await counts(demo)
+    def only_wait(tasks: list[Task]) -> bool:
+        return sum(task.status == "SUSPENDED" for task in tasks) == 102
 
-    await wait_until(is_true, f"{number} tasks {task_name} are {status}", seconds=60)
-
-
-async def suspended(demo: Demo) -> None:
-    """Let 2,000 orders sleep, with 100 durable slots; others run meanwhile; then all go on."""
-    logging.getLogger("worker").setLevel(logging.WARNING)  # else it says thousands of lines
-    demo.worker.slots[True].limit = 100  # its durable_concurrency
-    demo.worker.register("ask_for_review", ask_for_review)
+    orders = await enqueue_orders(demo, 103)
     async with demo.working():
-        rows = [holds(demo, 0)]
-        for number, more in ((100, 100), (2000, 1900)):
-            await enqueue_reviews(demo, more)
-            await wait_for_count(demo, "ask_for_review", "SUSPENDED", number)
-            rows.append(holds(demo, number))
-        show("what the worker holds:", rows)
-        show("the rows:", await counts(demo))
-        await process_one_basket(demo)
+        await demo.wait_until(only_wait, "all orders but the first wait")
+        show("who waits:", await counts(demo))
+        print(f"slots taken: {len(demo.worker.slots[False].running)} plain, ", end="")
+        print(f"{len(demo.worker.slots[True].running)} durable", flush=True)
+        await approve(demo, orders[1], "Bob")
+        for _ in range(2):  # somebody clicks twice
+            await approve(demo, orders[2], "Cem", idempotency_key="the form of Monday")
+        for order in orders[1:3]:
+            await demo.wait_for(order, "COMPLETED")
         async with demo.pool.connection() as conn:
             await demo.queries.end_sleeps(conn, queue=demo.queue)
-        print("\n3 days pass: wake_at is set to now", flush=True)
-        await wait_for_count(demo, "ask_for_review", "COMPLETED", 2000)
-    show("the rows:", await counts(demo))
+        print("3 days pass: wake_at is set to now", flush=True)
+        await demo.wait_until(all_finished, "all orders are processed")
+    await show_approvals(demo, orders)
 
 
-def holds(demo: Demo, orders: int) -> dict[str, Any]:
-    """What a worker has in its hands for its durable tasks."""
-    gc.collect()
-    objects = gc.get_objects()
-    print(f"with {orders:,} orders asleep there are {len(objects):,} objects in memory", flush=True)
-    slots = demo.worker.slots[True]
-    return {
-        "orders asleep": orders,
-        "slots taken": f"{slots.limit - slots.free} of {slots.limit}",
-        "functions in memory": sum(isinstance(each, DurableContext) for each in objects),
-    }
-
-
-async def process_one_basket(demo: Demo) -> None:
-    """A durable task that waits for a durable task, on a worker with one durable slot."""
-    nested = Demo(demo.pool, demo.shop, demo.queries, f"{demo.queue}-nested")
-    nested.worker.slots[True].limit = 1  # its durable_concurrency
-    nested.worker.register("process_basket", process_basket)
-    await nested.enqueue("process_basket", {"order_id": "order-0", "amount": 1}, is_durable=True)
-    async with nested.working():
-        await nested.wait_until(all_finished, "the basket is processed")
-    show("a basket with an order in it, and one durable slot:", await counts(nested))
-
-
-async def ask_for_approval(context: DurableContext, input: Any) -> Any:
-    """An order that somebody has to approve, which may take days."""
-    return await context.run_task("wait_for_approval", input)
-
-
-async def approve(demo: Demo, order_id: str) -> None:
-    """Answer the step that asks for this order's approval, if there is one."""
+async def show_approvals(demo: Demo, orders: list[Task]) -> None:
+    sent = ["before", "after", "twice", "never"]
+    ends = {task.id: task for task in await demo.tasks()}
+    rows = [
+        {
+            "sent": how,
+            "id": order.id,
+            "attempts": ends[order.id].attempt,
+            "output": ends[order.id].output,
+            "charges": len(await demo.payments(order)),
+        }
+        for how, order in zip(sent, orders, strict=False)
+    ]
+    show("four of the orders:", rows)
     async with demo.pool.connection() as conn:
-        answered = await demo.queries.approve(conn, order_id=order_id)
-    if not answered:
-        print(f"{order_id} is approved, and nobody is asking", flush=True)
+        signals = [row async for row in demo.queries.get_signals(conn, queue=demo.queue)]
+    show("the signals:", signals, "task_id name payload idempotency_key received_by")
+    outputs = [ends[order.id].output for order in orders]
+    print(f"cancelled, as nobody has answered: {sum('nobody' in each for each in outputs)}")
 
 
 async def breaks(demo: Demo) -> None:
-    """Let steps wait for an approval: they keep their slots, and what comes too early is lost."""
-    logging.getLogger("worker").setLevel(logging.WARNING)  # else it says hundreds of lines
-    demo.worker.register("ask_for_approval", ask_for_approval)
-    demo.worker.register("wait_for_approval", demo.shop.wait_for_approval)
-    orders = [f"order-{uuid4().hex[:8]}" for _ in range(101)]
+    """Complete an order with a wrong email, and try to send the right one."""
+    order = await demo.enqueue_order()
     async with demo.working():
-        for order_id in orders[:100]:
-            await demo.enqueue("ask_for_approval", {"order_id": order_id}, is_durable=True)
-        await wait_for_count(demo, "wait_for_approval", "RUNNING", 100)
-        ordinary = await demo.enqueue_order()
-        await demo.enqueue("ask_for_approval", {"order_id": orders[100]}, is_durable=True)
-        await wait_for_count(demo, "wait_for_approval", "QUEUED", 1)
-        await approve(demo, orders[100])
-        await asyncio.sleep(3)
-        show("3 days later, shortened to 3 seconds:", await counts(demo))
-        for order_id in orders[:100]:
-            await approve(demo, order_id)
-        await demo.wait_for(ordinary, "COMPLETED")
-        await wait_for_count(demo, "ask_for_approval", "COMPLETED", 100)
-        show("the other 100 are approved:", await counts(demo))
-        await approve(demo, orders[100])
-        await demo.wait_until(all_finished, "all orders are processed")
-    print("the last order had to be approved twice")
+        demo.shop.news = "is out of stock"  # which is not true
+        await demo.wait_for(order, "COMPLETED")
+        demo.shop.news = "is confirmed"
+        print("\nthe email was wrong: retry_task", flush=True)
+        try:
+            await retry_task(demo.pool, demo.queries, order.id)
+        except ValueError as error:
+            print(error, flush=True)
+        print("replay_task", flush=True)
+        await replay_task(demo.pool, demo.queries, order.id)
+        await demo.wait_for(order, "COMPLETED")
+    await demo.show(order)
+    print("the customer has the right email, and was charged twice")
 
 
 async def work(functions: tuple[Any, ...]) -> None:
@@ -406,7 +380,7 @@ async def main(flags: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.set_defaults(play=suspended)
+    parser.set_defaults(play=approvals)
     choice = parser.add_mutually_exclusive_group()
     for play in (crash, retry, replay, breaks):
         name, help = f"--{play.__name__}", play.__doc__

@@ -38,15 +38,23 @@ VALUES (
 )
 RETURNING *;
 
+-- name: lock_receiver(id)^
+-- The lock that whoever appends to its log takes, too: the second of the two sees the first.
+SELECT task_name, is_durable, status
+FROM tasks
+WHERE id = :id
+FOR NO KEY UPDATE;
+
 -- name: create_signal(task_id, name, payload, idempotency_key)^
+-- Unless that key has been used for this task already; then there is no row.
 INSERT INTO signals (task_id, name, payload, idempotency_key)
 VALUES (:task_id, :name, :payload, :idempotency_key)
 ON CONFLICT (task_id, idempotency_key) DO NOTHING
-RETURNING *;
+RETURNING id;
 
 -- name: deliver_signal(task_id, name)^
 -- Give the oldest signal that nobody has received to the oldest wait, if there are both. The caller
--- holds the task's row. A wait that somebody else holds is just timing out.
+-- holds the task's row. We do not wait for a child that somebody else holds: its time is up.
 WITH wait AS (
     SELECT child.id
     FROM durable_events AS event
@@ -490,13 +498,13 @@ SET wake_at = now()
 WHERE queue = :queue
   AND status = 'SLEEPING';
 
--- name: approve(order_id)!
--- The demo: an answer to the step that asks for it, written into its row.
-UPDATE tasks
-SET output = '"approved"'
-WHERE task_name = 'wait_for_approval'
-  AND status = 'RUNNING'
-  AND input ->> 'order_id' = :order_id;
+-- name: get_signals(queue)
+-- The demo: what was sent to the tasks of a queue, and which waits have received it.
+SELECT signals.*
+FROM signals
+JOIN tasks ON tasks.id = signals.task_id
+WHERE tasks.queue = :queue
+ORDER BY signals.id;
 
 -- name: cut_connections(application_name)^
 SELECT count(pg_terminate_backend(pid)) AS connections

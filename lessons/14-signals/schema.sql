@@ -82,8 +82,8 @@ CREATE TABLE signals (
     UNIQUE (task_id, idempotency_key)
 );
 
--- For the oldest signal that nobody has received.
-CREATE INDEX signals_unreceived ON signals (task_id, name, id)
+-- For the oldest signal that nobody has received. Without the name: a long one fits into no index.
+CREATE INDEX signals_unreceived ON signals (task_id, id)
 WHERE received_by IS NULL;
 
 -- Whoever finishes a task wakes its parent, if that is suspended. Two statements: the first waits for

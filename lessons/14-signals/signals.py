@@ -17,14 +17,13 @@ async def send_signal(
 ) -> None:
     """Send a signal to a durable task that has not finished. It is received once, by one wait.
 
-    A signal that nobody waits for yet is kept. In the caller's transaction, if there is one: when
-    that is rolled back nothing has happened. A repeated idempotency key changes nothing. Raises
-    ValueError for a task that is unknown, not durable or finished, TypeError or ValueError for a
-    payload that is not JSON.
+    A signal that nobody waits for yet is kept. If the caller has a transaction, all this belongs to
+    it: when that is rolled back nothing has happened. A repeated idempotency key changes nothing.
+    Raises ValueError for a task that is unknown, not durable or finished, and for a payload what
+    create_task raises for an input; then nothing is stored.
     """
     async with conn.transaction():
-        # The row that the waiting side locks, too: whoever comes second sees the other.
-        task = await queries.lock_finished_task(conn, id=task_id)
+        task = await queries.lock_receiver(conn, id=task_id)
         if task is None:
             raise ValueError(f"there is no task {task_id}")
         signal = await queries.create_signal(
