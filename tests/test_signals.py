@@ -533,7 +533,6 @@ class Player:
         self.is_waiting = False
         self.turns.release()
 
-    @property
     def is_at_rest(self) -> bool:
         return self.is_waiting or self.task.done()
 
@@ -661,7 +660,8 @@ async def test_two_at_once_never_wait_for_each_other(lab: SignalLab, pair: tuple
     for order in orders(pair):
         async with laid(lab, is_due="wake" in pair) as table:
             players = [Player(getattr(table, name)) for name in pair]
-            await wait_for(lambda: all(p.is_at_rest for p in players), "they wait for their turns")
+            for player in players:
+                await wait_for(player.is_at_rest, "it waits for its turn")
             for number in order:
                 await let(lab, players, number)
             for player in players:
@@ -674,14 +674,14 @@ async def test_two_at_once_never_wait_for_each_other(lab: SignalLab, pair: tuple
 
 async def let(lab: SignalLab, players: list[Player], number: int) -> None:
     """Let one of them have its turn, until it is at the next one or waits for the other."""
-    already = sum(not player.is_at_rest for player in players)
+    already = sum(not player.is_at_rest() for player in players)
     player = players[number]
-    if not player.is_at_rest:
+    if not player.is_at_rest():
         return  # it waits for a lock still
     player.go_on()
 
     async def is_over() -> bool:
-        return player.is_at_rest or len(await execute(lab.pool, LOCK_WAITS)) > already
+        return player.is_at_rest() or len(await execute(lab.pool, LOCK_WAITS)) > already
 
     await wait_for(is_over, "its turn is over")
 
