@@ -284,20 +284,29 @@ async def counts(demo: Demo) -> list[dict[str, Any]]:
         return [row async for row in demo.queries.count_tasks(conn, queue=demo.queue)]
 
 
+async def wait_for_count(demo: Demo, task_name: str, status: str, number: int) -> None:
+    """Wait until so many tasks of that name have that status."""
+    row = {"task_name": task_name, "status": status, "tasks": number}
+
+    async def is_true() -> bool:
+        return row in await counts(demo)
+
+    await wait_until(is_true, f"{number} tasks {task_name} are {status}", seconds=60)
+
+
 async def approvals(demo: Demo) -> None:
     """Send an approval before its order waits, after that, twice, and never."""
     logging.getLogger("worker").setLevel(logging.WARNING)  # else it says hundreds of lines
     demo.worker.register("ask_for_approval", ask_for_approval)
 
-    def only_wait(tasks: list[Task]) -> bool:
-        return sum(task.status == "SUSPENDED" for task in tasks) == 102
-
     orders = await enqueue_orders(demo, 103)
     async with demo.working():
-        await demo.wait_until(only_wait, "all orders but the first wait")
+        await demo.wait_for(orders[0], "COMPLETED")
+        await wait_for_count(demo, "ask_for_approval", "SUSPENDED", 102)
         show("who waits:", await counts(demo))
-        print(f"slots taken: {len(demo.worker.slots[False].running)} plain, ", end="")
-        print(f"{len(demo.worker.slots[True].running)} durable", flush=True)
+        for is_durable, slots in demo.worker.slots.items():
+            kind = "durable" if is_durable else "plain"
+            print(f"{kind} slots taken: {slots.limit - slots.free} of {slots.limit}", flush=True)
         await approve(demo, orders[1], "Bob")
         for _ in range(2):  # somebody clicks twice
             await approve(demo, orders[2], "Cem", idempotency_key="the form of Monday")
@@ -317,7 +326,6 @@ async def show_approvals(demo: Demo, orders: list[Task]) -> None:
         {
             "sent": how,
             "id": order.id,
-            "attempts": ends[order.id].attempt,
             "output": ends[order.id].output,
             "charges": len(await demo.payments(order)),
         }
@@ -326,7 +334,7 @@ async def show_approvals(demo: Demo, orders: list[Task]) -> None:
     show("four of the orders:", rows)
     async with demo.pool.connection() as conn:
         signals = [row async for row in demo.queries.get_signals(conn, queue=demo.queue)]
-    show("the signals:", signals, "task_id name payload idempotency_key received_by")
+    show("the signals:", signals, "task_id name payload idempotency_key received_by_event")
     outputs = [ends[order.id].output for order in orders]
     print(f"cancelled, as nobody has answered: {sum('nobody' in each for each in outputs)}")
 

@@ -499,10 +499,11 @@ WHERE queue = :queue
   AND status = 'SLEEPING';
 
 -- name: get_signals(queue)
--- The demo: what was sent to the tasks of a queue, and which waits have received it.
-SELECT signals.*
+-- The demo: what was sent to the tasks of a queue, and which event of the log has received it.
+SELECT signals.*, durable_events.event_id AS received_by_event
 FROM signals
 JOIN tasks ON tasks.id = signals.task_id
+LEFT JOIN durable_events ON durable_events.child_task_id = signals.received_by
 WHERE tasks.queue = :queue
 ORDER BY signals.id;
 
