@@ -1,8 +1,9 @@
 """Tools to look at the lessons' database, and to send a signal.
 
 python -m shared psql [NN] [ARGUMENTS]   psql, in the schema of lesson NN; ARGUMENTS are psql's own
-python -m shared watch NN                tasks, workers and events of lesson NN as they change
-python -m shared signal NN TASK_ID NAME [JSON]   send a signal, with null or JSON as its payload
+python -m shared watch NN                tasks, workers, events, signals of lesson NN as they change
+python -m shared signal NN TASK_ID NAME [JSON]
+                                         send a signal; without JSON its payload is null
 """
 
 import os

@@ -41,6 +41,9 @@ def test_a_signal_is_sent(tasks: None, database: str) -> None:
         {"name": "approval", "payload": None},
         {"name": "-- 'x'", "payload": "\u20ac"},
     ]
+    shown = tool("watch", "14").stdout
+    assert "signals" in shown
+    assert '{"by": ["Ann"]}' in shown
 
 
 @pytest.mark.parametrize(

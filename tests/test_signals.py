@@ -142,21 +142,34 @@ async def test_whoever_waits_is_told(lab: SignalLab) -> None:
     """Nobody polls here."""
     set_globals(lab.lesson, {"POLL_INTERVAL": 3600.0, "HEARTBEAT_INTERVAL": 3600.0})
     set_globals(lab.lesson, {"INACTIVE_AFTER": 1e6})
-    ids = [await lab.enqueue(wait_twice) for _ in range(3)]
     async with working(lab.worker(wait_twice), lab.worker(wait_twice)):
-        for n in range(2):  # the first while they are suspended, the next at once after it
-            for id in ids:
-                if n == 0:
-                    await wait_for_status(lab.pool, id, "SUSPENDED")
-                await lab.send(id, "go", n)
+        ids = await enqueue_and_tell(lab, wait_twice, 3, workers=2)
+        for id in ids:
+            await wait_for_status(lab.pool, id, "SUSPENDED")
+            await lab.send(id, "go", 0)
+        for id in ids:  # which are about to begin, at work, or suspended again
+            await lab.send(id, "go", 1)
         for id in ids:
             assert (await finished(lab.pool, id))["output"] == [0, 1]
-        set_globals(lab.lesson, {"SUSPEND_AFTER": 60.0})
-    in_memory = await lab.enqueue(wait_once)
+    set_globals(lab.lesson, {"SUSPEND_AFTER": 60.0})
     async with working(lab.worker(wait_once)):
-        await lab.waits(in_memory, "SLEEPING")
-        await lab.send(in_memory, "go")
-        assert (await finished(lab.pool, in_memory))["attempt"] == 1
+        (id,) = await enqueue_and_tell(lab, wait_once, 1, workers=1)
+        await lab.waits(id, "SLEEPING")
+        await lab.send(id, "go")
+        assert (await finished(lab.pool, id))["attempt"] == 1
+
+
+async def enqueue_and_tell(lab: SignalLab, function: Any, number: int, workers: int) -> list[int]:
+    """As create_task does, and once the workers have beaten: before that they can claim nothing."""
+
+    async def have_beaten() -> bool:
+        return len(await execute(lab.pool, "SELECT id FROM workers")) == workers
+
+    await wait_for(have_beaten, f"{workers} workers are there")
+    ids = [await lab.enqueue(function) for _ in range(number)]
+    async with lab.pool.connection() as conn:
+        await lab.queries.notify(conn, queues=[QUEUE], ids=[], worker_id=None)
+    return ids
 
 
 async def test_a_signal_that_comes_while_its_wait_is_written(lab: SignalLab) -> None:
