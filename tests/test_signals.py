@@ -525,6 +525,24 @@ async def test_one_delete_removes_tasks_with_their_signals(lab: SignalLab) -> No
     assert await lab.received() == []
 
 
+async def test_the_columns_of_signals(lab: SignalLab) -> None:
+    rows = await execute(
+        lab.pool,
+        "SELECT column_name, data_type, is_nullable FROM information_schema.columns"
+        " WHERE table_schema = current_schema() AND table_name = 'signals'"
+        " ORDER BY ordinal_position",
+    )
+    assert [tuple(row.values()) for row in rows] == [
+        ("id", "bigint", "NO"),
+        ("task_id", "bigint", "NO"),
+        ("name", "text", "NO"),
+        ("payload", "jsonb", "NO"),
+        ("idempotency_key", "text", "YES"),
+        ("inserted_at", "timestamp with time zone", "NO"),
+        ("received_by", "bigint", "YES"),
+    ]
+
+
 # Locks: statement by statement, in every order
 
 
