@@ -1,7 +1,9 @@
-"""Tools to look at the lessons' database.
+"""Tools to look at the lessons' database, and to send a signal.
 
 python -m shared psql [NN] [ARGUMENTS]   psql, in the schema of lesson NN; ARGUMENTS are psql's own
-python -m shared watch NN                tasks, workers and events of lesson NN as they change
+python -m shared watch NN                tasks, workers, events, signals of lesson NN as they change
+python -m shared signal NN TASK_ID NAME [JSON]
+                                         send a signal; without JSON its payload is null
 """
 
 import os
@@ -16,6 +18,7 @@ from psycopg.pq import Conninfo
 from shared.database import conninfo
 from shared.embedded import programs
 from shared.runtime import run
+from shared.send import send
 from shared.watch import watch
 
 
@@ -48,6 +51,8 @@ def main(arguments: list[str]) -> None:
             sys.exit(psql("public", rest))
         case ["watch", number] if number.isdecimal():
             run(watch(lesson_schema(number)))
+        case ["signal", number, task_id, name, *payload] if number.isdecimal() and not payload[1:]:
+            run(send(number, task_id, name, *payload or ["null"]))
         case _:
             sys.exit(__doc__)
 

@@ -58,6 +58,16 @@ VIEWS = {
             ("key", "key", "left(key, 16)"),
         ],
     ),
+    "signals": (
+        "t.id DESC",
+        [
+            ("id", "id", "id"),
+            ("task_id", "task_id", "task_id"),
+            ("name", "name", "left(name, 40)"),
+            ("payload", "payload", "left(payload::text, 60)"),
+            ("received_by", "received_by", "received_by"),
+        ],
+    ),
 }
 
 

@@ -119,7 +119,7 @@ class Bench:
 
     async def reset(self) -> None:
         await self.holding.execute("ROLLBACK")
-        await self.main.execute("TRUNCATE tasks, workers, durable_events RESTART IDENTITY")
+        await self.main.execute("TRUNCATE tasks, workers, durable_events RESTART IDENTITY CASCADE")
 
 
 class OnePool:

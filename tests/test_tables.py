@@ -163,6 +163,7 @@ CHANGED_QUERIES = {
     "11": "create_task",
     "12": "abandon_tasks reset_tasks",
     "13": "abandon_tasks lock_children notify wake_tasks",
+    "14": "",
 }
 OF_DEMOS = {"create_payment", "get_payments", "get_waits"}
 
