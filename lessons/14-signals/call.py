@@ -14,18 +14,18 @@ Outcome = tuple[Any, BaseException | None]  # the output, or the error
 
 
 async def call(
-    function: Coroutine[Any, Any, Any],
+    coroutine: Coroutine[Any, Any, Any],
     context: DurableContext,
     timeout: timedelta | None,  # noqa: ASYNC109
     grace: float,
 ) -> Outcome:
-    """Run a function, which has been called, in an asyncio task of its own; return how it ended.
+    """Run this coroutine in an asyncio task of its own; return how it ended.
 
-    After `timeout`, when its task is suspended, or when this call is cancelled, the function is
-    cancelled, and if it does not end within `grace` seconds it is left behind. What it has left
-    behind in its `context` is treated the same way.
+    After `timeout`, when its task is suspended, or when this call is cancelled, the coroutine is
+    cancelled, and if it does not end within `grace` seconds it is left behind. The branches that
+    `context` knows are cancelled and awaited, too.
     """
-    running = asyncio.create_task(_outcome(function))
+    running = asyncio.create_task(_outcome(coroutine))
     try:
         seconds = None if timeout is None else timeout.total_seconds()
         ends: set[asyncio.Future[Any]] = {running, context.left}
@@ -48,9 +48,9 @@ async def call(
     return running.result()
 
 
-async def _outcome(function: Coroutine[Any, Any, Any]) -> Outcome:
+async def _outcome(coroutine: Coroutine[Any, Any, Any]) -> Outcome:
     """An error is returned, not raised: a SystemExit would stop the event loop."""
     try:
-        return await function, None
+        return await coroutine, None
     except BaseException as error:
         return None, error

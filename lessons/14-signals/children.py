@@ -11,10 +11,10 @@ from shared import Pool, Queries, surviving_outage
 class Children:
     """The child tasks that durable tasks of this worker wait for, whoever runs them."""
 
-    def __init__(self, pool: Pool, queries: Queries, is_queued: Callable[[Task], None]) -> None:
+    def __init__(self, pool: Pool, queries: Queries, on_queued: Callable[[Task], None]) -> None:
         self.pool = pool
         self.queries = queries
-        self.is_queued = is_queued
+        self.on_queued = on_queued
         self._waiting: dict[asyncio.Future[Task], int] = {}  # who waits for which task's end
         self._news_of: set[int] = set()  # tasks that may have ended
         self._news = asyncio.Event()
@@ -25,7 +25,7 @@ class Children:
         self._waiting[finished] = child.id
         self.may_have_ended(child.id)  # since we have read its row: nobody told us then
         if child.status == "QUEUED":
-            self.is_queued(child)  # somebody has to run it
+            self.on_queued(child)  # somebody has to run it
         try:
             return await finished
         finally:

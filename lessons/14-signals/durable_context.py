@@ -45,7 +45,7 @@ class DurableContext:
         self.left = asyncio.get_running_loop().create_future()  # done when the row is let go
         self._slots = slots
         self._waiting: set[int] = set()  # children that calls wait for
-        self._last_news = 0.0  # when a call began or ended to wait, by the clock of the event loop
+        self._last_news = 0.0  # when a call got on, by the clock of the event loop
         self._callers: WeakSet[asyncio.Task[Any]] = WeakSet()  # those that have started a step
         self._ended = False
         self._non_determinism: NonDeterminismError | None = None
@@ -145,6 +145,7 @@ class DurableContext:
         except NonDeterminismError as error:
             self._non_determinism = error
             raise
+        self._last_news = asyncio.get_running_loop().time()
         if child.status not in ("COMPLETED", "FAILED"):
             child = await self._wait_for(child)
         if child.status == "FAILED":
@@ -158,51 +159,44 @@ class DurableContext:
 
     async def _wait_for(self, child: Task) -> Task:
         """Wait for a child's end. A durable or sleeping one takes long: give back the slot."""
-        clock = asyncio.get_running_loop().time
         is_long = child.is_durable or child.status == "SLEEPING"
         self._waiting.add(child.id)
-        self._last_news = clock()
         try:
-            with self._slots.given_back() if is_long else nullcontext():
+            with self._slots.given_back(self) if is_long else nullcontext():
                 return await self.children.wait_for(child)
         finally:
             self._waiting.remove(child.id)
-            self._last_news = clock()
+            self._last_news = asyncio.get_running_loop().time()
 
     async def suspend_when_idle(self, idle: float) -> None:
-        """Suspend the task as soon as all that it has done for `idle` seconds is wait."""
-        clock = asyncio.get_running_loop().time
-        while not self.left.done():
-            if not self._waiting:
-                await asyncio.sleep(idle)
-            elif (wait := self._last_news + idle - clock()) > 0:
-                await asyncio.sleep(wait)
-            else:
-                await self.suspend()
+        """Suspend the task when for `idle` seconds no call has got on. Returns when it is gone."""
+        while not self._ended:
+            await asyncio.sleep(idle)
+            await self.suspend(idle)
 
-    async def suspend(self) -> None:
-        """Let go of the row, and so of the slot, unless there is something to go on with."""
+    async def suspend(self, idle: float) -> None:
+        """Let go of the row, and so of the slot, if calls wait, and none has got on for so long."""
         # Nothing is appended meanwhile: what we wait for is what the log ends with.
         async with self._appending:
-            # Copied once: when the database is back, they may have finished, and none be awaited.
-            if ids := list(self._waiting):
-                is_gone = await keep_trying(lambda: self._let_go(ids))
-                if is_gone and not self.left.done():
-                    self.left.set_result(None)
-        self._last_news = asyncio.get_running_loop().time()
+            is_idle = asyncio.get_running_loop().time() >= self._last_news + idle
+            if self._ended or not self._waiting or not is_idle:
+                return
+            ids = list(self._waiting)  # once: a call that gets on while we try again is news
+            if outcome := await keep_trying(lambda: self._let_go(ids)):
+                self._ended = True
+                self.left.set_result(outcome)
 
-    async def _let_go(self, ids: list[int]) -> bool:
-        """Whether the row is not ours any more: it is SUSPENDED now, or has been taken from us."""
+    async def _let_go(self, ids: list[int]) -> str | None:
+        """Suspend the task, unless there is something to go on with; return how we lost its row."""
         async with self.pool.connection() as conn, conn.transaction():
             owned = await self.queries.lock_task_to_suspend(
                 conn, id=self.task_id, worker_id=self._task.worker_id, attempt=self.attempt
             )
-            if owned is not None:
-                # A statement of its own: one that waits for a lock reads what was before that.
-                async for _ in self.queries.get_finished_tasks(conn, ids=ids):
-                    return False
-                await self.queries.suspend_task(conn, id=self.task_id)
-        return True
+            if owned is None:
+                return "is not ours any more"
+            # A statement of its own: one that waits for a lock reads what was before that.
+            is_suspended = await self.queries.suspend_task(conn, id=self.task_id, ids=ids)
+        return "SUSPENDED" if is_suspended else None
 
     async def _start_child(
         self, event_id: int, kind: str, task_name: str, input: Any, create: CreateChild

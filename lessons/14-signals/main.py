@@ -361,16 +361,16 @@ async def breaks(demo: Demo) -> None:
 async def work(functions: tuple[Any, ...]) -> None:
     queries = load_queries(LESSON)
     async with open_pool(LESSON) as pool:
-        demo = Demo(pool, Shop(pool, queries), queries, "experiment")
+        demo = Demo(pool, Shop(pool, queries), queries, functions[0].__name__)
         for function in functions:
             demo.worker.register(function.__name__, function)
         await demo.enqueue(functions[0].__name__, None, is_durable=True)
-        asyncio.get_running_loop().call_later(8, demo.worker.stop)
-        await demo.worker.start(demo.queue)
+        async with demo.working():
+            await demo.wait_until(all_finished, "all tasks have finished")
 
 
 def experiment(*functions: Any) -> None:
-    """For experiments: enqueue the first as a durable task, and let a worker run for 8 seconds."""
+    """For trials: let a worker run the first as a durable task, until all has finished."""
     run(work(functions))
 
 

@@ -58,7 +58,7 @@ class Notifications:
             slots.news()
 
     def changed(self, task: Task) -> None:
-        """Tell whom it concerns what somebody other than its function has done to a task."""
+        """Tell of a task that housekeeping has queued again, or ended."""
         if task.status == "QUEUED":
             self.available(task.queue)
         else:
@@ -79,20 +79,20 @@ class Notifications:
         """Tell what there is to tell, together. Returns never."""
         while True:
             await self._news.wait()
-            with surviving_outage("cannot notify"):
-                await self.tell()
+            await self.tell()
             await asyncio.sleep(TELL_INTERVAL)
 
     async def tell(self) -> None:
         """In a transaction that writes nothing: a NOTIFY in one that writes would make all other
-        notifying transactions of the server wait until its commit is on disk."""
+        notifying transactions of the server wait until its commit is on disk. Lost is lost."""
         queues, self._queues = self._queues, set()
         finished, self._finished = self._finished, set()
         self._news.clear()
-        async with self.pool.connection() as conn:
-            await self.queries.notify(
-                conn, queues=list(queues), ids=list(finished), worker_id=self.worker_id
-            )
+        with surviving_outage("cannot notify"):
+            async with self.pool.connection() as conn:
+                await self.queries.notify(
+                    conn, queues=list(queues), ids=list(finished), worker_id=self.worker_id
+                )
 
 
 async def tell_queue(pool: Pool, queries: Queries, queue: str) -> None:

@@ -210,7 +210,7 @@ WITH previous AS (
 ), registered AS (
     INSERT INTO workers (id, display_name)
     SELECT :id, :display_name
-    WHERE NOT EXISTS (SELECT FROM previous)
+    WHERE NOT EXISTS (SELECT FROM workers WHERE id = :id)
     ON CONFLICT DO NOTHING
     RETURNING last_heartbeat_at, false AS was_in_touch
 )
@@ -360,12 +360,19 @@ WHERE id = :id
   AND status = 'RUNNING'
 FOR UPDATE;
 
--- name: suspend_task(id)!
+-- name: suspend_task(id, ids)!
+-- Unless one of those that it waits for has finished.
 UPDATE tasks
 SET status = 'SUSPENDED',
     worker_id = NULL,
     output = NULL
-WHERE id = :id;
+WHERE id = :id
+  AND NOT EXISTS (
+      SELECT
+      FROM tasks AS child
+      WHERE child.id = ANY (:ids)
+        AND child.status IN ('COMPLETED', 'FAILED')
+  );
 
 -- name: get_event(task_id, event_id)^
 SELECT *
@@ -423,8 +430,9 @@ FOR NO KEY UPDATE OF child;
 
 -- name: reset_tasks(ids)!
 -- Queue finished tasks again, with all their retries. `attempt` goes on: it is the fencing token.
+-- A sleep, which nobody would claim, goes on until its time.
 UPDATE tasks
-SET status = 'QUEUED',
+SET status = CASE WHEN wake_at IS NULL THEN 'QUEUED' ELSE 'SLEEPING' END::task_status,
     output = NULL,
     finished_at = NULL,
     schedule_timeout_at = NULL,
@@ -486,11 +494,6 @@ WHERE queue = :queue
 GROUP BY task_name, status
 ORDER BY task_name, status;
 
--- name: delete_tasks(queue)!
--- The demo: the rows of a queue that nobody will work on any more.
-DELETE FROM tasks
-WHERE queue = :queue;
-
 -- name: end_sleeps(queue)!
 -- The demo: days pass.
 UPDATE tasks
@@ -506,43 +509,3 @@ JOIN tasks ON tasks.id = signals.task_id
 LEFT JOIN durable_events ON durable_events.child_task_id = signals.received_by
 WHERE tasks.queue = :queue
 ORDER BY signals.id;
-
--- name: cut_connections(application_name)^
-SELECT count(pg_terminate_backend(pid)) AS connections
-FROM pg_stat_activity
-WHERE application_name = :application_name
-  AND datname = current_database();
-
--- name: get_waits(ids)^
--- The demo: how long orders of two steps waited on average, and for what.
-WITH orders AS (
-    SELECT
-        parent.inserted_at, parent.finished_at,
-        event_1.inserted_at AS inserted_at_1, child_1.finished_at AS finished_at_1,
-        event_2.inserted_at AS inserted_at_2, child_2.finished_at AS finished_at_2
-    FROM tasks AS parent
-    JOIN durable_events AS event_1 ON event_1.task_id = parent.id AND event_1.event_id = 1
-    JOIN durable_events AS event_2 ON event_2.task_id = parent.id AND event_2.event_id = 2
-    JOIN tasks AS child_1 ON child_1.id = event_1.child_task_id
-    JOIN tasks AS child_2 ON child_2.id = event_2.child_task_id
-    WHERE parent.id = ANY (:ids)
-)
-SELECT
-    avg(inserted_at_1 - inserted_at) AS "until a poll claims it",
-    avg(finished_at_1 - inserted_at_1) AS "until a poll claims its first step",
-    avg(inserted_at_2 - finished_at_1) AS "until it asks whether that has ended",
-    avg(finished_at_2 - inserted_at_2) AS "until a poll claims its second step",
-    avg(finished_at - finished_at_2) AS "until it asks whether that has ended, too",
-    avg(finished_at - inserted_at) AS "in all"
-FROM orders;
-
--- name: get_listener()^
--- The demo: the connection of this program that listens, which is seen by its last statement.
-SELECT pid
-FROM pg_stat_activity
-WHERE application_name = current_setting('application_name')
-  AND datname = current_database()
-  AND query ~ '^(LISTEN|SELECT md5)';
-
--- name: cut_connection(pid)^
-SELECT pg_terminate_backend(:pid);

@@ -64,7 +64,10 @@ async def _lock_finished(
 ) -> Row:
     """Hold the task's row, and its parent's, until the end of the transaction; check both."""
     parent = await queries.lock_parent(conn, id=id)
-    row: Row | None = await queries.lock_finished_task(conn, id=id)
+    # The child of one that has not finished is refused. It may be ending, and wait for its parent.
+    is_free = parent is None or parent["status"] in ("COMPLETED", "FAILED")
+    look = queries.lock_finished_task if is_free else queries.get_task
+    row: Row | None = await look(conn, id=id)
     if row is None:
         raise ValueError(f"there is no task {id}")
     if not row["is_durable"]:

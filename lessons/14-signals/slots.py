@@ -1,6 +1,7 @@
 """The slots of a worker: how many tasks it may run at once, and when to ask for more."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -13,13 +14,13 @@ class Slots:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.running: dict[asyncio.Task[None], Task] = {}
-        self.parked = 0  # how many of them wait for others, and need no slot meanwhile
-        self.more_waiting = False  # did the last claim fill every slot that it found free?
+        self.parked: Counter[object] = Counter()  # those that need no slot: for how many each waits
+        self.more_waiting = False  # may there be more than the last claim took?
         self._wake = asyncio.Event()  # set when there is a reason to claim at once
 
     @property
     def free(self) -> int:
-        return max(0, self.limit - len(self.running) + self.parked)
+        return max(0, self.limit - len(self.running) + len(self.parked))
 
     def fill(self, run: asyncio.Task[None], task: Task) -> None:
         """Let a task have a slot for as long as its `run` takes."""
@@ -32,15 +33,17 @@ class Slots:
             self._wake.set()
 
     @contextmanager
-    def given_back(self) -> Iterator[None]:
+    def given_back(self, owner: object) -> Iterator[None]:
         """Within this block a running task needs no slot. Afterwards there may be too few."""
-        self.parked += 1
+        self.parked[owner] += 1
         if self.more_waiting:
             self._wake.set()
         try:
             yield
         finally:
-            self.parked -= 1
+            self.parked[owner] -= 1
+            if not self.parked[owner]:
+                del self.parked[owner]
 
     def news(self) -> None:
         """There may be more tasks: claim at once, or as soon as a slot is free."""

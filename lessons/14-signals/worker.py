@@ -14,7 +14,6 @@ from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 from uuid import uuid4
-from weakref import WeakSet
 
 from psycopg.types.json import Jsonb
 
@@ -75,7 +74,6 @@ class Worker:
             pool, queries, self.heartbeat, self._log, self.notifications.changed
         )
         self._functions: dict[str, TaskFunction] = {}
-        self._contexts: WeakSet[DurableContext] = WeakSet()
         self._told_to_stop = asyncio.Event()
 
     def register(self, task_name: str, function: TaskFunction) -> None:
@@ -119,7 +117,6 @@ class Worker:
             try:
                 await self._told_to_stop.wait()
                 await self._end(polls)
-                await self._in_time(self._suspend_all)
                 await self._end(durable)
                 await self._in_time(self._put_back_all)  # others go on with these at once
                 if plain:
@@ -140,9 +137,6 @@ class Worker:
         if tasks:
             # Twice, since a run waits that long for a function that ignores its cancellation.
             await asyncio.wait(tasks, timeout=2 * SHUTDOWN_GRACE)
-
-    async def _suspend_all(self) -> None:
-        await asyncio.gather(*(context.suspend() for context in list(self._contexts)))
 
     async def _put_back_all(self) -> None:
         for is_durable in self.slots:
@@ -224,13 +218,11 @@ class Worker:
     async def _run_task(self, task: Task) -> None:
         """Run one claimed task and record how it ended."""
         self._log(task, f"RUNNING {task.task_name}")
-        slots = self.slots[task.is_durable]
-        context = DurableContext(self.pool, self.queries, self.children, task, slots)
-        self._contexts.add(context)
+        context = DurableContext(self.pool, self.queries, self.children, task, self.slots[True])
         function = self._call(task, context)
         output, error = await call(function, context, task.timeout, SHUTDOWN_GRACE)
         if context.left.done():
-            self._log(task, "SUSPENDED")
+            self._log(task, context.left.result())
         elif error is None:
             await self._complete(task, output)
         else:
@@ -272,7 +264,7 @@ class Worker:
     async def _write(
         self, query: Callable[..., Awaitable[int]], task: Task, output: Any, what: str
     ) -> None:
-        """Write the outcome of an attempt, and log it, however long the database is away.
+        """Write the outcome of an attempt, and log it; try again while the database is away.
 
         The attempt is the fencing token: if the task has been taken from us, no row matches.
         """
