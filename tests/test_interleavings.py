@@ -421,6 +421,7 @@ def shop(lesson: Lesson, pool: Pool, queries: Queries, monkeypatch: pytest.Monke
 
 
 @pytest.mark.since(13)
+@pytest.mark.only(13)
 @pytest.mark.parametrize(
     "disturb", ["cancel", "stop", "lose", "goodbye", "late", "zombie", "rival"]
 )

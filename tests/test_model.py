@@ -1112,6 +1112,7 @@ def bench(lesson: Lesson, database: str) -> Iterator[Bench]:
 
 
 @pytest.mark.since(13)
+@pytest.mark.only(13)
 def test_whatever_happens_every_row_is_what_the_model_says(bench: Bench) -> None:
     # Rounds, since Hypothesis counts examples, which take ten times as long on a busy machine.
     deadline = time.monotonic() + SECONDS

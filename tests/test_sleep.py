@@ -27,7 +27,7 @@ from helpers import (
 )
 from shared import Pool, open_connection
 
-pytestmark = pytest.mark.since(12)
+pytestmark = [pytest.mark.since(12), pytest.mark.only(12, 13)]
 SCRIPT = Path(__file__).parent / "waiting_process.py"
 HOUR = timedelta(hours=1)
 ONCE = pytest.mark.only(12)  # what the next lesson does not touch

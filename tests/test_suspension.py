@@ -41,7 +41,7 @@ from helpers import (
 from shared import Connection, Pool, open_connection
 from watched import Point, Watch, WatchedQueries, last_query, open_watched
 
-pytestmark = pytest.mark.since(13)
+pytestmark = [pytest.mark.since(13), pytest.mark.only(13)]
 SCRIPT = Path(__file__).parent / "waiting_process.py"
 HOUR = timedelta(hours=1)
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal")
