@@ -257,7 +257,7 @@ async def test_what_a_worker_puts_back_at_its_end_is_told(
             await asyncio.sleep(NEVER)
 
     first, second = [make_worker(lesson, pool, queries, long_at_first, **EARS_ONLY) for _ in "ab"]
-    set_globals(lesson, {"SHUTDOWN_GRACE": 0.1})
+    set_globals(lesson, {"SHUTDOWN_GRACE": 2.0})  # also the time to put back and to tell
     async with working(first) as start:
         id = await create(pool, queries, "long_at_first")
         await wait_for(lambda: runs, "the first one has it")
