@@ -442,8 +442,8 @@ SET status = CASE WHEN wake_at IS NULL THEN 'QUEUED' ELSE 'SLEEPING' END::task_s
 WHERE id = ANY (:ids);
 
 -- name: lock_children(ids)
--- A child that somebody else holds is about to end, or to run. We do not wait for it, who may be
--- waiting for us: it passes for RUNNING.
+-- A child that somebody else holds is about to end, or to run. We do not wait for whoever holds it,
+-- since they may be waiting for us; we treat the child as RUNNING.
 WITH children AS (
     SELECT child_task_id AS id
     FROM durable_events
