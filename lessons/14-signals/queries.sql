@@ -39,7 +39,7 @@ VALUES (
 RETURNING *;
 
 -- name: lock_receiver(id)^
--- The lock that whoever appends to its log takes, too: the second of the two sees the first.
+-- The same lock as an append to its log takes: the second of the two sees what the first wrote.
 SELECT task_name, is_durable, status
 FROM tasks
 WHERE id = :id

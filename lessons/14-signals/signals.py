@@ -19,8 +19,8 @@ async def send_signal(
 
     A signal that nobody waits for yet is kept. If the caller has a transaction, all this belongs to
     it: when that is rolled back nothing has happened. A repeated idempotency key changes nothing.
-    Raises ValueError for a task that is unknown, not durable or finished, and for a payload what
-    create_task raises for an input; then nothing is stored.
+    Raises ValueError for a task that is unknown, not durable or finished; a payload that is not
+    JSON raises the same errors as an input of create_task. Nothing is stored then.
     """
     async with conn.transaction():
         task = await queries.lock_receiver(conn, id=task_id)
