@@ -610,7 +610,7 @@ class Table:
     async def suspend(self, player: Player) -> None:
         await player.turn()
         self.context.queries = Turns(self.lab.queries, player)
-        await self.context.suspend()
+        await self.context.suspend(0.0)
 
     async def wake(self, player: Player) -> None:
         await player.turn()
