@@ -285,12 +285,20 @@ def poll_counts(spies: list[Spied]) -> list[int]:
     return [spy.calls["poll_tasks"] for spy in spies]
 
 
+async def settled_poll_counts(spies: list[Spied]) -> list[int]:
+    """Once nobody has polled for a second: twenty workers take their time on a slow machine."""
+    counts: list[int] = []
+    while counts != (counts := poll_counts(spies)):
+        await asyncio.sleep(1)
+    return counts
+
+
 async def test_an_enqueue_that_is_rolled_back_wakes_nobody(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:
     spy = Spied(queries)
     async with told(lesson, pool, make_worker(lesson, pool, spy, echo, **EARS_ONLY)):
-        before = poll_counts([spy])
+        before = await settled_poll_counts([spy])
         values = {"queue": QUEUE, "task_name": "echo", "input": Jsonb(1), **OPTIONS}
         async with pool.connection() as conn:
             async with conn.transaction(force_rollback=True):
@@ -314,7 +322,7 @@ async def test_other_queues_and_other_schemas_are_no_news(
     async with open_pool(other) as other_pool:
         stranger = make_worker(Lesson(other), other_pool, other_queries, echo, **EARS_ONLY)
         async with told(lesson, pool, make_worker(lesson, pool, spy, echo, **EARS_ONLY)):
-            before = poll_counts([spy])
+            before = await settled_poll_counts([spy])
             await create(pool, queries, "echo", queue="another queue")
             id = await create(other_pool, other_queries, "echo")
             await asyncio.sleep(0.5)
@@ -336,10 +344,10 @@ async def test_of_twenty_idle_workers_one_gets_the_task_and_nobody_spins(
     spies = [Spied(queries) for _ in range(20)]
     workers = [make_worker(lesson, pool, spy, note, **EARS_ONLY) for spy in spies]
     async with told(lesson, pool, *workers):
-        before = poll_counts(spies)
+        before = await settled_poll_counts(spies)
         await finished(pool, await create(pool, queries, "note", 1))
-        await asyncio.sleep(0.5)
-        polls = [after - b for after, b in zip(poll_counts(spies), before, strict=True)]
+        after = await settled_poll_counts(spies)
+        polls = [number - b for number, b in zip(after, before, strict=True)]
         # Each looks once for each kind of tasks; who got it may look once more.
         assert sum(polls) <= 20 * 2 + 4, polls
         assert min(polls) >= 1, "somebody was not told"
