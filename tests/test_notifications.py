@@ -288,8 +288,14 @@ def poll_counts(spies: list[Spied]) -> list[int]:
 async def settled_poll_counts(spies: list[Spied]) -> list[int]:
     """Once nobody has polled for a second: twenty workers take their time on a slow machine."""
     counts: list[int] = []
-    while counts != (counts := poll_counts(spies)):
+
+    async def settled() -> bool:
+        nonlocal counts
+        before, counts = counts, poll_counts(spies)
         await asyncio.sleep(1)
+        return before == counts
+
+    await wait_for(settled, "nobody polls any more")
     return counts
 
 

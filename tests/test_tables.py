@@ -153,8 +153,8 @@ SAME_FILES = {
     "notifications.py",
     "12 13": "heartbeat.py housekeeping.py children.py event_log.py errors.py models.py "
     "notifications.py",
-    "13 14": "worker.py slots.py heartbeat.py housekeeping.py children.py rerun.py event_log.py call.py "
-    "models.py notifications.py",
+    "13 14": "worker.py slots.py heartbeat.py housekeeping.py children.py rerun.py event_log.py "
+    "call.py models.py notifications.py",
 }
 # Queries that are not what they are in the lesson before.
 CHANGED_QUERIES = {
