@@ -607,7 +607,7 @@ async def test_nested_durable_tasks_need_one_slot(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(
-    ("children", "seconds"), [(60, 0.0), (12, 0.1)], ids=["quick ones", "one after the other"]
+    ("children", "seconds"), [(30, 0.0), (12, 0.1)], ids=["quick ones", "one after the other"]
 )
 async def test_a_fan_out_is_replayed_no_oftener_than_it_may_be_suspended(
     lab: Lab, children: int, seconds: float
