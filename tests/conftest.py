@@ -25,7 +25,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from lesson_loader import Lesson, all_lessons, lesson_number
-from server import DESCRIPTIONS, Kind, new_database, running_server
+from server import DESCRIPTIONS, Databases, Kind, running_server
 from shared import EmbeddedPostgres, Pool, Queries, load_queries, open_pool
 
 # The machine may be busy: no test fails for being slow.
@@ -116,10 +116,18 @@ def server_url() -> str:
     return os.environ["TEST_DATABASE_URL"]
 
 
+@pytest.fixture(scope="session")
+def databases(server_url: str) -> Iterator[Databases]:
+    """The databases of this process's tests."""
+    databases = Databases(server_url)
+    with databases.created:
+        yield databases
+
+
 @pytest.fixture
-def database(server_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def database(databases: Databases, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The connection string of this test's own empty database, which is also its DATABASE_URL."""
-    with new_database(server_url) as url:
+    with databases.lend() as url:
         monkeypatch.setenv("DATABASE_URL", url)
         yield url
 
