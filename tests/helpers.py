@@ -22,7 +22,7 @@ DEADLINE = 20.0  # seconds; generous, since it is only ever reached by a test th
 WORKER_PROCESS = Path(__file__).parent / "worker_process.py"
 
 # For worker_process and monkeypatch: quick, and still far enough apart on a busy machine.
-QUICK = {"HEARTBEAT_INTERVAL": 0.1, "INACTIVE_AFTER": 1.0, "POLL_INTERVAL": 0.02}
+QUICK = {"HEARTBEAT_INTERVAL": 0.1, "INACTIVE_AFTER": 1.0, "POLL_INTERVAL": 0.05}
 
 
 async def execute(pool: Pool, statement: str, *parameters: Any) -> list[dict[str, Any]]:
@@ -64,15 +64,17 @@ async def wait_for(
 
     The condition may be a plain or an async function.
     """
-    deadline = time.monotonic() + seconds
+    start = time.monotonic()
     while True:
         value = condition()
         if isinstance(value, Awaitable):
             value = await value
         if value:
             return value
-        assert time.monotonic() < deadline, f"waited in vain for {seconds:g} s until {what}"
-        await asyncio.sleep(0.01)
+        waited = time.monotonic() - start
+        assert waited < seconds, f"waited in vain for {seconds:g} s until {what}"
+        # Often at first and then seldom: it is a query, and there are other tests.
+        await asyncio.sleep(min(0.01 + waited / 10, 0.1))
 
 
 async def wait_for_status(pool: Pool, id: int, *wanted: str) -> dict[str, Any]:
