@@ -5,7 +5,7 @@ A test with the fixture `lesson` runs on every lesson; markers narrow that:
     @pytest.mark.since(4)               it holds from lesson 04 on, and does not run before
     @pytest.mark.until(4)               it holds up to lesson 04, and does not run after
     @pytest.mark.flaw(3, reason="...")  it must fail on lesson 03, whose README names that flaw
-    @pytest.mark.only(4, 7)             it is slow; the lessons between run the same code
+    @pytest.mark.only(4, LAST)          it is slow; the lessons between run the same code
 
 `pytest --lesson DIRECTORY` runs those tests, and only those, on another directory, a
 learner's copy. (The option itself is in shared/pytest_plugin.py.)
@@ -13,6 +13,7 @@ learner's copy. (The option itself is in shared/pytest_plugin.py.)
 
 import asyncio
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -101,6 +102,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return callspec.params["lesson"] is not NOT_COLLECTED
 
     items[:] = filter(wanted, items)
+    if hasattr(config, "workerinput"):
+        # One process of several, which all need the same order. Mixed, since those of a file are
+        # alike: some need the processor, and some only wait.
+        random.Random(0).shuffle(items)
+        items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 if sys.platform == "win32":

@@ -41,6 +41,9 @@ def all_lessons() -> list[Path]:
     return sorted(LESSONS.glob("[0-9][0-9]-*"))
 
 
+LAST = lesson_number(all_lessons()[-1])
+
+
 def load_modules(path: Path) -> dict[str, ModuleType]:
     """Import all modules of a lesson anew, and leave no trace of them in sys.modules."""
     names = [file.stem for file in sorted(path.glob("*.py"))]

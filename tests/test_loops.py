@@ -21,10 +21,11 @@ from helpers import (
     wait_for_status,
     working,
 )
+from lesson_loader import LAST
 from shared import Pool
 
 # Those of 09 are those of 08.
-pytestmark = [pytest.mark.since(8), pytest.mark.only(8, 13)]
+pytestmark = [pytest.mark.since(8), pytest.mark.only(8, LAST)]
 
 
 class Spied:
@@ -222,7 +223,7 @@ async def test_an_outage_at_the_last_look_into_the_log_costs_no_attempt(
 
 
 @pytest.mark.since(9)
-@pytest.mark.only(13)
+@pytest.mark.only(LAST)
 async def test_a_durable_task_is_put_back_while_plain_ones_still_have_their_grace(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:
@@ -264,7 +265,7 @@ class BreaksAtTheEnd(Spied):
 
 
 @pytest.mark.since(9)
-@pytest.mark.only(13)
+@pytest.mark.only(LAST)
 async def test_a_connection_lost_while_a_worker_stops_keeps_nothing_running(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:

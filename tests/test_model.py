@@ -9,7 +9,7 @@ that rows are locked and statements pass over them or wait.
 
     MODEL_SECONDS=600 pytest -o faulthandler_timeout=0 tests/test_model.py
 
-runs for ten minutes in place of 20 s. A failure prints the sequence that leads to it, and the next
+runs for ten minutes in place of 10 s. A failure prints the sequence that leads to it, and the next
 run begins with that. With MODEL_SECONDS set it is made as short as possible first, which takes
 minutes.
 """
@@ -52,12 +52,12 @@ from engine_model import (
     in_conflict,
 )
 from helpers import DEADLINE, wait_for
-from lesson_loader import Lesson
+from lesson_loader import LAST, Lesson
 from shared import Connection, load_queries, open_connection, open_pool
 
 Rule = TypeVar("Rule", bound=Callable[..., None])
 
-SECONDS = float(os.environ.get("MODEL_SECONDS", "20"))
+SECONDS = float(os.environ.get("MODEL_SECONDS", "10"))
 ROUND = settings(
     max_examples=10,
     stateful_step_count=60,
@@ -1112,7 +1112,7 @@ def bench(lesson: Lesson, database: str) -> Iterator[Bench]:
 
 
 @pytest.mark.since(13)
-@pytest.mark.only(13)
+@pytest.mark.only(LAST)
 def test_whatever_happens_every_row_is_what_the_model_says(bench: Bench) -> None:
     # Rounds, since Hypothesis counts examples, which take ten times as long on a busy machine.
     deadline = time.monotonic() + SECONDS

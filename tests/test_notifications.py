@@ -38,11 +38,11 @@ from helpers import (
     worker_process,
     working,
 )
-from lesson_loader import Lesson
+from lesson_loader import LAST, Lesson
 from shared import EmbeddedPostgres, Pool, load_queries, open_pool
 
 # notifications.py is the same file in all of them, and the worker of 12 is that of 11.
-pytestmark = [pytest.mark.since(11), pytest.mark.only(11, 13)]
+pytestmark = [pytest.mark.since(11), pytest.mark.only(11, LAST)]
 
 NEVER = 3600.0  # seconds
 EARS_ONLY = QUICK | {"POLL_INTERVAL": NEVER, "INACTIVE_AFTER": NEVER}

@@ -9,10 +9,11 @@ from psycopg.types.json import Jsonb
 
 from durable_helpers import Lab
 from helpers import enqueue, execute, finished, get_task, wait_for, wait_for_status, working
+from lesson_loader import LAST
 from shared import Pool
 
 # rerun.py is the same file in all of them.
-pytestmark = [pytest.mark.since(7), pytest.mark.only(7, 13)]
+pytestmark = [pytest.mark.since(7), pytest.mark.only(7, LAST)]
 
 
 class ResetLab(Lab):

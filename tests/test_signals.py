@@ -26,9 +26,10 @@ from helpers import (
     wait_for_status,
     working,
 )
+from lesson_loader import LAST
 from shared import Pool
 
-pytestmark = [pytest.mark.since(14), pytest.mark.only(14)]
+pytestmark = [pytest.mark.since(14), pytest.mark.only(14, LAST)]
 
 AT_ONCE = timedelta(0)
 LOCK_WAITS = """

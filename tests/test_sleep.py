@@ -25,9 +25,10 @@ from helpers import (
     worker_process,
     working,
 )
+from lesson_loader import LAST
 from shared import Pool, open_connection
 
-pytestmark = [pytest.mark.since(12), pytest.mark.only(12, 13)]
+pytestmark = [pytest.mark.since(12), pytest.mark.only(12, LAST)]
 SCRIPT = Path(__file__).parent / "waiting_process.py"
 HOUR = timedelta(hours=1)
 ONCE = pytest.mark.only(12)  # what the next lesson does not touch

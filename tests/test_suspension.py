@@ -38,10 +38,11 @@ from helpers import (
     worker_process,
     working,
 )
+from lesson_loader import LAST
 from shared import Connection, Pool, open_connection
 from watched import Point, Watch, WatchedQueries, last_query, open_watched
 
-pytestmark = [pytest.mark.since(13), pytest.mark.only(13)]
+pytestmark = [pytest.mark.since(13), pytest.mark.only(13, LAST)]
 SCRIPT = Path(__file__).parent / "waiting_process.py"
 HOUR = timedelta(hours=1)
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal")

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from helpers import QUEUE, enqueue, execute, get_task
-from lesson_loader import LESSONS
+from lesson_loader import LAST, LESSONS
 from shared import Connection, Pool, load_queries
 
 # Section 5 of the design: column, type, nullable, does it have a default? By the first lesson.
@@ -224,7 +224,7 @@ async def explain_claim(conn: Connection, lesson: Any, queries: Any) -> dict[str
 
 
 @pytest.mark.since(3)
-@pytest.mark.only(3, 4, 13)  # lessons with an index, or a claim, of their own
+@pytest.mark.only(3, 4, LAST)  # lessons with an index, or a claim, of their own
 async def test_finished_tasks_cost_the_claim_nothing(lesson: Any, pool: Pool, queries: Any) -> None:
     """The claim reads as many rows as it returns, and not one of 200,000 finished ones."""
     async with pool.connection() as conn:
