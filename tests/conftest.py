@@ -23,6 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from fasteners import InterProcessLock  # type: ignore[import-untyped]
 from hypothesis import HealthCheck, settings
 
 from lesson_loader import Lesson, all_lessons, lesson_number
@@ -34,6 +35,7 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 SERVER = pytest.StashKey[Kind]()
+PREPARED = "TEST_PREPARED_DIRECTORY"  # in the environment, for all processes of a test run
 NOT_COLLECTED = None  # in place of a lesson, where a test holds for none of those chosen
 
 
@@ -61,6 +63,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             raise pytest.UsageError(f"{error} (The tests ask for TEST_DATABASE_URL.)") from None
         session.config.stash[SERVER] = kind
         os.environ["TEST_DATABASE_URL"] = url
+        if PREPARED not in os.environ:
+            place = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+            os.environ[PREPARED] = stack.enter_context(place)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -158,13 +163,16 @@ def queries(lesson: Lesson) -> Queries:
 
 
 @pytest.fixture(scope="session")
-def prepared_directory() -> Iterator[Path]:
+def prepared_directory() -> Path:
     """The directory of an embedded Postgres that does not run; for copying, which is quicker."""
-    with tempfile.TemporaryDirectory() as place:
-        server = EmbeddedPostgres(Path(place) / "postgres")
-        server.start()
-        server.stop()
-        yield server.directory
+    place = Path(os.environ[PREPARED])
+    with InterProcessLock(place / "lock"):
+        server = EmbeddedPostgres(place / "postgres")
+        if not (place / "is_prepared").exists():
+            server.start()
+            server.stop()
+            (place / "is_prepared").touch()
+    return server.directory
 
 
 @pytest.fixture

@@ -379,7 +379,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=0.3, help="how long there are faults")
     parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
-    parser.add_argument("--orders", type=int, default=200)
+    parser.add_argument("--orders", type=int, default=120)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--lesson", type=Path, default=LESSON, help="another one, or a copy")
     parser.add_argument(
