@@ -1,7 +1,4 @@
-"""Say more at once: what comes while one statement is in flight is the next statement's.
-
-There is no timer: who comes alone is not kept waiting for others.
-"""
+"""Say more at once: what comes while one statement is in flight is the next statement's."""
 
 import asyncio
 from itertools import accumulate
@@ -14,7 +11,8 @@ from shared.jsonb import dumps
 MAX_ROWS = 100  # of one statement
 MAX_CHARACTERS = 1_000_000  # of one statement, unless its first row has more
 
-Answer = asyncio.Future[dict[str, Any] | None]
+Row = dict[str, Any]
+Answer = asyncio.Future[Row | None]
 
 
 class Batches:
@@ -32,18 +30,17 @@ class Batches:
     def put(self, task: Task, **columns: Any) -> Answer:
         """Have a row on this attempt sent with the next statement; await what comes back for it.
 
-        That is None if nothing does, and an error if this row is at fault. If its answer is
-        cancelled before it is sent, it is left out. Raises what is wrong with what is not JSON.
+        None if nothing does, an error if this row is at fault. If the answer is cancelled before,
+        the row is left out. Raises what is wrong with what is not JSON.
         """
         owner = {"id": task.id, "worker_id": str(task.worker_id), "attempt": task.attempt}
-        row = dumps(owner | columns)
         answer: Answer = asyncio.get_running_loop().create_future()
-        self._waiting.append((row, answer))
+        self._waiting.append((dumps(owner | columns), answer))
         self._news.set()
         return answer
 
     async def keep_sending(self) -> None:
-        """Send what waits, and then what has come meanwhile. Returns never."""
+        """Send what waits, then what has come meanwhile. There is no timer. Returns never."""
         while True:
             await self._news.wait()
             self._news.clear()

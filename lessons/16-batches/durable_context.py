@@ -156,29 +156,25 @@ class DurableContext:
         return child.output
 
     async def _find_or_start(
-        self, event_id: int, kind: str, task_name: str, input: Any, create: CreateChild
+        self, event_id: int, kind: str, name: str, input: Any, create: CreateChild
     ) -> Task:
         """The child of this event: that of an earlier attempt, or a new one."""
-        key = event_key(kind, task_name, input)
-        recorded = self._log.get(event_id)
-        if recorded is not None and recorded["key"] == key:
-            return Task(**recorded)
+        key = event_key(kind, name, input)
+        row = self._log.get(event_id)
         # JSON would take any name for a text. Sleeps and waits, which take long, need no speed.
-        if recorded is None and kind == "TASK_STARTED" and isinstance(task_name, str):
+        if row is None and kind == "TASK_STARTED" and isinstance(name, str):
             async with self._appending:  # not while the task is being suspended
                 self._check_not_ended()
                 self._starting += 1
             try:
-                child = await self.children.steps.start(self._task, event_id, key, create.keywords)
+                row = await self.children.steps.start(self._task, event_id, key, create.keywords)
             finally:
                 self._starting -= 1
-            if child is not None:
-                return child
+        if row is not None and row["key"] == key:
+            return Task(**row)
         # One at a time: they lock the same row, and would hold connections while they wait.
         async with self._appending:
-            return await keep_trying(
-                lambda: self._start_child(event_id, kind, task_name, input, create)
-            )
+            return await keep_trying(lambda: self._start_child(event_id, kind, name, input, create))
 
     async def _wait_for(self, child: Task) -> Task:
         """Wait for a child's end. A durable or sleeping one takes long: give back the slot."""
@@ -250,6 +246,11 @@ class DurableContext:
         self._ended = True
         return set(self._callers)
 
+    async def _read_log(self) -> dict[int, dict[str, Any]]:
+        async with self.pool.connection() as conn:
+            rows = self.queries.get_log(conn, task_id=self.task_id)
+            return {row["event_id"]: row async for row in rows}
+
     async def run(
         self, function: Callable[..., Coroutine[Any, Any, Any]], suspend_after: float
     ) -> Any:
@@ -274,11 +275,6 @@ class DurableContext:
             raise self._non_determinism
         self._check_log_is_used_up()
         return output
-
-    async def _read_log(self) -> dict[int, dict[str, Any]]:
-        async with self.pool.connection() as conn:
-            rows = self.queries.get_log(conn, task_id=self.task_id)
-            return {row["event_id"]: row async for row in rows}
 
     def _check_log_is_used_up(self) -> None:
         """Raise NonDeterminismError if earlier attempts did more than this one, which is done."""

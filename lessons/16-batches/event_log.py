@@ -79,5 +79,6 @@ class EventLog:
             kind=kind,
             key=key,
             child_task_id=await create_child(),
+            branch_id=task.branch_id,
         )
         return DurableEvent(**row), False

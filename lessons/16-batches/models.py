@@ -37,6 +37,7 @@ class Task(Row):
     is_durable: bool
     lost_count: int
     wake_at: datetime | None
+    branch_id: int
 
 
 @dataclass(init=False)
@@ -49,3 +50,5 @@ class DurableEvent(Row):
     inserted_at: datetime
     key: str
     child_task_id: int
+    branch_id: int
+    abandoned_in: int | None

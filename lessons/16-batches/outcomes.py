@@ -1,7 +1,6 @@
 """How attempts end, many in one statement."""
 
 import asyncio
-from typing import Any
 
 from batches import Batches
 from models import Task
@@ -12,7 +11,7 @@ class Outcomes(Batches):
 
     query = "write_outcomes"
 
-    async def write(self, task: Task, status: str, output: Any) -> bool:
+    async def write(self, task: Task, status: str, output: object) -> bool:
         """Write how an attempt ended, however long that takes; return whether a row has matched.
 
         None does if the task has been taken from us, or if we wrote it before and the answer got

@@ -384,31 +384,34 @@ WHERE id = :id
 SELECT *
 FROM durable_events
 WHERE task_id = :task_id
-  AND event_id = :event_id;
+  AND event_id = :event_id
+  AND abandoned_in IS NULL;
 
 -- name: get_events(task_id)
 SELECT *
 FROM durable_events
 WHERE task_id = :task_id
+  AND abandoned_in IS NULL
 ORDER BY event_id;
 
 -- name: get_log(task_id)
--- All that a task has done so far: its events with their children.
-SELECT event.event_id, event.kind, event.key, child.*
+SELECT event.event_id, event.key, child.*
 FROM durable_events AS event
 JOIN tasks AS child ON child.id = event.child_task_id
-WHERE event.task_id = :task_id;
+WHERE event.task_id = :task_id
+  AND event.abandoned_in IS NULL;
 
--- name: append_event(task_id, event_id, kind, key, child_task_id)^
-INSERT INTO durable_events (task_id, event_id, kind, key, child_task_id)
-VALUES (:task_id, :event_id, :kind, :key, :child_task_id)
+-- name: append_event(task_id, event_id, kind, key, child_task_id, branch_id)^
+INSERT INTO durable_events (task_id, event_id, kind, key, child_task_id, branch_id)
+VALUES (:task_id, :event_id, :kind, :key, :child_task_id, :branch_id)
 RETURNING *;
 
 -- name: start_steps(rows)
 -- New events of tasks that this worker runs, with their children, whose ids are drawn first to have
 -- them for both. The log needs no look: an event that it has already makes all of this fail.
 WITH step AS (
-    SELECT new.*, tasks.queue, tasks.priority, nextval(pg_get_serial_sequence('tasks', 'id')) AS child_id
+    SELECT new.*, queue, priority, branch_id,
+        nextval(pg_get_serial_sequence('tasks', 'id')) AS child_id
     FROM ROWS FROM (jsonb_to_recordset(:rows) AS (
         id BIGINT, worker_id UUID, attempt INT, event_id BIGINT, key TEXT,
         task_name TEXT, input JSONB, max_retries INT, timeout FLOAT, is_durable BOOLEAN
@@ -425,11 +428,11 @@ WITH step AS (
     FROM step
     RETURNING *
 ), event AS (
-    INSERT INTO durable_events (task_id, event_id, kind, key, child_task_id)
-    SELECT id, event_id, 'TASK_STARTED', key, child_id
+    INSERT INTO durable_events (task_id, event_id, kind, key, child_task_id, branch_id)
+    SELECT id, event_id, 'TASK_STARTED', key, child_id, branch_id
     FROM step
 )
-SELECT ordinality, child.*
+SELECT ordinality, key, child.*
 FROM step
 JOIN child ON child.id = child_id;
 
@@ -453,13 +456,29 @@ FROM tasks
 WHERE id = :id
 FOR NO KEY UPDATE;
 
+-- name: get_fork(id)^
+-- The task that was forked, and so has abandoned this one, or one that this one descends from.
+WITH RECURSIVE line AS (
+    SELECT task_id, abandoned_in
+    FROM durable_events
+    WHERE child_task_id = :id
+    UNION ALL
+    SELECT above.task_id, above.abandoned_in
+    FROM line
+    JOIN durable_events AS above ON above.child_task_id = line.task_id
+)
+SELECT task_id
+FROM line
+WHERE abandoned_in IS NOT NULL;
+
 -- name: lock_failed_child(id)^
 -- The child whose failure ended this task: the one that its output names. It was handled if the log
 -- has events that are younger than that failure.
-SELECT child.id, child.task_name, EXISTS (
+SELECT child.id, child.task_name, event.event_id, EXISTS (
     SELECT
     FROM durable_events AS later
     WHERE later.task_id = parent.id
+      AND later.abandoned_in IS NULL
       AND later.inserted_at > coalesce(child.finished_at, event.inserted_at)
 ) AS was_handled
 FROM tasks AS parent
@@ -483,13 +502,15 @@ SET status = CASE WHEN wake_at IS NULL THEN 'QUEUED' ELSE 'SLEEPING' END::task_s
     lost_count = 0
 WHERE id = ANY (:ids);
 
--- name: lock_children(ids)
+-- name: lock_children(ids, from_event)
 -- A child that somebody else holds is about to end, or to run. We do not wait for whoever holds it,
 -- since they may be waiting for us; we treat the child as RUNNING.
 WITH children AS (
     SELECT child_task_id AS id
     FROM durable_events
     WHERE task_id = ANY (:ids)
+      AND event_id >= :from_event
+      AND abandoned_in IS NULL
 ), locked AS (
     SELECT id, status
     FROM tasks
@@ -511,9 +532,23 @@ SET status = 'FAILED',
 WHERE id = ANY (:ids)
   AND status IN ('QUEUED', 'SLEEPING', 'SUSPENDED');
 
--- name: delete_events(task_id)!
-DELETE FROM durable_events
-WHERE task_id = :task_id;
+-- name: begin_branch(id, branch_id, from_event)!
+-- Keep the outcome of the branch that is left, and its events from this one on as abandoned.
+WITH left_branch AS (
+    INSERT INTO task_branches (task_id, branch_id, from_event, status, output, finished_at)
+    SELECT id, branch_id, :from_event, status, output, finished_at
+    FROM tasks
+    WHERE id = :id
+), abandoned AS (
+    UPDATE durable_events
+    SET abandoned_in = :branch_id
+    WHERE task_id = :id
+      AND event_id >= :from_event
+      AND abandoned_in IS NULL
+)
+UPDATE tasks
+SET branch_id = :branch_id
+WHERE id = :id;
 
 -- name: create_payment(idempotency_key, amount, order_id)^
 -- Charge, unless this key has been charged already; then there is no row.
@@ -551,3 +586,18 @@ JOIN tasks ON tasks.id = signals.task_id
 LEFT JOIN durable_events ON durable_events.child_task_id = signals.received_by
 WHERE tasks.queue = :queue
 ORDER BY signals.id;
+
+-- name: get_branches(task_id)
+-- The demo: each branch of a task, the current one last, with its outcome and its events.
+SELECT branch.*, event.event_id, event.child_task_id, child.task_name, child.status AS child_status
+FROM (
+    SELECT task_id, branch_id, status, output FROM task_branches
+    UNION ALL
+    SELECT id, branch_id, status, output FROM tasks
+) AS branch
+LEFT JOIN durable_events AS event ON event.task_id = branch.task_id
+    AND event.branch_id <= branch.branch_id
+    AND (event.abandoned_in IS NULL OR event.abandoned_in > branch.branch_id)
+LEFT JOIN tasks AS child ON child.id = event.child_task_id
+WHERE branch.task_id = :task_id
+ORDER BY branch.branch_id, event.event_id;

@@ -29,7 +29,8 @@ CREATE TABLE tasks (
     attempt INT NOT NULL DEFAULT 0,
     is_durable BOOLEAN NOT NULL DEFAULT false,
     lost_count INT NOT NULL DEFAULT 0,
-    wake_at readable_time
+    wake_at readable_time,
+    branch_id INT NOT NULL DEFAULT 1
 );
 
 -- The claim reads this index. It is partial: a finished task has no entry in it, once VACUUM
@@ -58,7 +59,9 @@ CREATE TABLE workers (
 
 CREATE TYPE durable_event_kind AS ENUM ('TASK_STARTED', 'SLEEP_STARTED', 'SIGNAL_AWAITED');
 
--- The event log: what a task has done so far, in order, whatever the attempt.
+-- The event log: what a task has done so far, in order, whatever the attempt. A fork begins a new
+-- branch of it, which shares the events before the fork. The others are abandoned, and stay. What
+-- they started has finished, and is never run again: who wakes or delivers need not look at them.
 CREATE TABLE durable_events (
     task_id BIGINT NOT NULL REFERENCES tasks ON DELETE CASCADE,
     event_id BIGINT NOT NULL CHECK (event_id > 0),
@@ -67,7 +70,24 @@ CREATE TABLE durable_events (
     key TEXT NOT NULL,
     -- Deferrable, so that one DELETE can remove finished tasks with their children and logs.
     child_task_id BIGINT NOT NULL UNIQUE REFERENCES tasks DEFERRABLE INITIALLY DEFERRED,
-    PRIMARY KEY (task_id, event_id)
+    branch_id INT NOT NULL, -- in which it was written
+    abandoned_in INT, -- the first branch that does without it
+    PRIMARY KEY (task_id, branch_id, event_id)
+);
+
+-- The log of the current branch.
+CREATE UNIQUE INDEX durable_events_current ON durable_events (task_id, event_id)
+WHERE abandoned_in IS NULL;
+
+-- The branches that were left, and what they led to. The next one shares what is before from_event.
+CREATE TABLE task_branches (
+    task_id BIGINT NOT NULL REFERENCES tasks ON DELETE CASCADE,
+    branch_id INT NOT NULL,
+    from_event BIGINT NOT NULL,
+    status task_status NOT NULL,
+    output JSONB,
+    finished_at readable_time,
+    PRIMARY KEY (task_id, branch_id)
 );
 
 -- What was sent to durable tasks, and which wait, a child task, has received it.

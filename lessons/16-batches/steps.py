@@ -1,8 +1,6 @@
 """New steps of durable tasks, many in one statement."""
 
-from typing import Any
-
-from batches import Batches
+from batches import Batches, Row
 from models import Task
 
 
@@ -11,19 +9,15 @@ class Steps(Batches):
 
     query = "start_steps"
 
-    async def start(
-        self, task: Task, event_id: int, key: str, child: dict[str, Any]
-    ) -> Task | None:
-        """Create an event that the log does not have, and its child; return the child.
+    async def start(self, task: Task, event_id: int, key: str, child: Row) -> Row | None:
+        """Create an event that the log does not have, and its child; return the child's row.
 
         None means that this has created nothing: the task has been taken from us, Postgres refuses
-        the child, or it is there, by a commit whose answer got lost. The caller has to look. If the
-        caller is cancelled before the step is sent, it is not started.
+        the child, or it is there, by a commit whose answer got lost. The caller has to look.
         """
         try:
             seconds = child["timeout"] and child["timeout"].total_seconds()
             columns = child | {"input": child["input"].obj, "timeout": seconds}
-            row = await self.put(task, event_id=event_id, key=key, **columns)
+            return await self.put(task, event_id=event_id, key=key, **columns)
         except Exception:
             return None
-        return None if row is None else Task(**row)
