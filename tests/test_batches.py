@@ -14,6 +14,7 @@ from psycopg.types.json import Jsonb
 
 from durable_helpers import Lab
 from helpers import (
+    DEADLINE,
     QUEUE,
     enqueue,
     execute,
@@ -386,6 +387,34 @@ async def test_children_that_end_together_wake_their_parent_once(lab: BatchLab) 
     row = await get_task(lab.pool, parent)
     assert (row["status"], row["attempt"]) == ("QUEUED", 1)
     assert (await get_task(lab.pool, other))["status"] == "COMPLETED"
+
+
+async def test_a_batch_that_waits_with_a_parent_keeps_no_finisher_waiting(lab: BatchLab) -> None:
+    """Its lock on the parent is not the one of a suspension."""
+    parent = await lab.family("RUNNING")
+    mother = lab.lesson.models.Task(**await get_task(lab.pool, parent))
+    blocked, child = await lab.running(), await lab.child(parent)
+    async with locked(lab, blocked.id):
+        waits = asyncio.create_task(lab.write((mother, "FAILED", {}), (blocked, "COMPLETED", 1)))
+        await wait_for(lambda: is_waiting(lab), "the batch has the parent, and waits")
+        elsewhere = lab.lesson.outcomes.Outcomes(lab.pool, lab.queries)
+        async with asyncio.timeout(DEADLINE):
+            write = asyncio.create_task(elsewhere.write(child, "COMPLETED", 1))
+            await asyncio.sleep(0)
+            await elsewhere.flush()
+        assert await write
+        assert not waits.done()
+    assert await waits == [True, True]
+
+
+async def is_waiting(lab: BatchLab) -> bool:
+    return bool(
+        await execute(
+            lab.pool,
+            "SELECT pid FROM pg_stat_activity"
+            " WHERE datname = current_database() AND wait_event_type = 'Lock'",
+        )
+    )
 
 
 async def test_two_batches_over_each_others_parents_are_both_written(lab: BatchLab) -> None:

@@ -51,7 +51,7 @@ from engine_model import (
     brief,
     in_conflict,
 )
-from helpers import DEADLINE, wait_for
+from helpers import DEADLINE, wait_for, write_outcome
 from lesson_loader import Lesson
 from shared import Connection, load_queries, open_connection, open_pool
 
@@ -917,20 +917,10 @@ class Engine(RuleBasedStateMachine):
             self.claims[claim] = row
 
     def ending(self, claim: Claim, status: str, output: Any) -> Step:
-        query = {
-            "COMPLETED": self.queries.complete_task,
-            "FAILED": self.queries.fail_task,
-            "QUEUED": self.queries.requeue_failed_task,
-        }[status]
+        owner = (claim.id, UUID(int=claim.worker), claim.attempt)
 
         async def write(conn: Connection) -> list[Brief]:
-            changed = await query(
-                conn,
-                id=claim.id,
-                worker_id=UUID(int=claim.worker),
-                attempt=claim.attempt,
-                output=Jsonb(output),
-            )
+            changed = await write_outcome(self.queries, conn, *owner, status, output)
             return [brief_row(await self.queries.get_task(conn, id=claim.id))] if changed else []
 
         return Step(status, write, lambda model, held: model.end(claim, status, output))

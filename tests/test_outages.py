@@ -98,15 +98,23 @@ class CutsAfterTheFunction:
         return getattr(self.queries, name)
 
     async def complete_task(self, conn: Any, **values: Any) -> Any:
+        await self.cut(conn)
+        return await self.queries.complete_task(conn, **values)
+
+    async def write_outcomes(self, conn: Any, **values: Any) -> AsyncIterator[Any]:
+        await self.cut(conn)
+        async for row in self.queries.write_outcomes(conn, **values):
+            yield row
+
+    async def cut(self, conn: Any) -> None:
         self.times += 1
         if self.times == 1:
             async with await open_connection(self.pool) as other:
                 await other.execute("SELECT pg_terminate_backend(%s)", [conn.info.backend_pid])
-        return await self.queries.complete_task(conn, **values)
 
 
 @pytest.mark.since(4)
-@pytest.mark.only(4, 7, 8, 13)
+@pytest.mark.only(4, 7, 8, 13, 16)
 @pytest.mark.flaw(3, reason="a task that ends while its connection is cut ends FAILED")
 async def test_an_outage_is_never_the_tasks_failure(lesson: Any, pool: Pool, queries: Any) -> None:
     cutting = CutsAfterTheFunction(queries, pool)

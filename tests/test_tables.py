@@ -160,6 +160,8 @@ SAME_FILES = {
     "call.py models.py notifications.py",
     "14 15": "worker.py slots.py heartbeat.py housekeeping.py children.py durable_context.py "
     "errors.py call.py notifications.py signals.py",
+    "15 16": "slots.py heartbeat.py housekeeping.py rerun.py event_log.py errors.py call.py "
+    "models.py notifications.py signals.py",
 }
 # Queries that are not what they are in the lesson before.
 CHANGED_QUERIES = {
@@ -172,6 +174,7 @@ CHANGED_QUERIES = {
     "13": "abandon_tasks lock_children notify wake_tasks",
     "14": "",
     "15": "append_event get_event get_events lock_children lock_failed_child",
+    "16": "",
 }
 OF_DEMOS = {"create_payment", "get_payments", "get_waits"}
 
