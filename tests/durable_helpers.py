@@ -52,7 +52,7 @@ class Lab:
             return await finished(self.pool, id)
 
     @property
-    def branch(self) -> tuple[str, str]:
+    def of_branch(self) -> tuple[str, str]:
         """One more column, and its value, for an INSERT into durable_events, if there is one."""
         return (", branch_id", ", 1") if self.lesson.number >= 15 else ("", "")
 

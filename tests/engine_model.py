@@ -40,6 +40,7 @@ class Event(NamedTuple):
     task_name: str
     input: Any
     child: int
+    branch_id: int = 1
 
 
 class Text:
@@ -75,6 +76,7 @@ class ModelTask:
     worker: int | None = None
     attempt: int = 0
     lost_count: int = 0
+    branch_id: int = 1
 
 
 class Brief(NamedTuple):
@@ -92,6 +94,16 @@ def brief(task: ModelTask) -> Brief:
     return Brief(task.id, task.status, task.worker, task.attempt, task.retry_count, task.lost_count)
 
 
+class Branch(NamedTuple):
+    """A branch that was left, with what it led to and all its events."""
+
+    branch_id: int
+    from_event: int
+    status: str
+    output: Any
+    log: list[Event]
+
+
 @dataclass
 class Model:
     tasks: dict[int, ModelTask] = field(default_factory=dict)
@@ -101,18 +113,23 @@ class Model:
     now: int = 0  # when the transaction began; like the next two, only for comparison
     started: dict[int, int] = field(default_factory=dict)  # the event of which child
     ended: dict[int, int] = field(default_factory=dict)
+    branches: dict[int, list[Branch]] | None = None  # those that were left; None: they are deleted
 
     def adopt(self, other: "Model", ids: Iterable[int]) -> None:
         """Take over what another model says of these tasks: its transaction was committed."""
         for id in ids:
             self.tasks[id] = other.tasks[id]
             self.logs[id] = other.logs[id]
+            if self.branches is not None and other.branches is not None:
+                self.branches[id] = other.branches[id]
             for mine, theirs in ((self.started, other.started), (self.ended, other.ended)):
                 mine.update({id: theirs[id]} if id in theirs else {})
 
     def create(self, task: ModelTask) -> Brief:
         self.tasks[task.id] = task
         self.logs[task.id] = []
+        if self.branches is not None:
+            self.branches[task.id] = []
         self._touch([task])
         return brief(task)
 
@@ -251,7 +268,7 @@ class Model:
             if recorded[:2] != event[:2]:
                 raise Refused("NonDeterminismError")
             return recorded.child, True
-        log.append(event)
+        log.append(event._replace(branch_id=parent.branch_id))
         self.started[event.child] = self.now
         if event.task_name == "sleep":
             child = ModelTask(event.child, parent.queue, "sleep", {"seconds": seconds}, 0, 1, False)
@@ -291,22 +308,29 @@ class Model:
         for each in tasks:
             self._reset(each)
 
-    def replay(self, id: int, held: set[int]) -> None:
+    def fork(self, id: int, from_event: int, held: set[int]) -> None:
         """It does not wait for children that others hold, who may be finishing them."""
         task = self._resettable(id, *FINISHED)
-        parents = [id]
+        log = self.logs[id]
+        if not 1 <= from_event <= len(log) + 1:
+            raise Refused("ValueError")
+        events = log[from_event - 1 :]
         abandoned: list[ModelTask] = []
-        while parents:
-            children = [self.tasks[e.child] for parent in parents for e in self.logs[parent]]
+        while events:
+            children = [self.tasks[event.child] for event in events]
             self._touch([child for child in children if child.id not in held])
             if any(child.status == "RUNNING" or child.id in held for child in children):
                 raise Refused("ValueError")
             abandoned += [child for child in children if child.status not in FINISHED]
-            parents = [child.id for child in children]
+            events = [event for child in children for event in self.logs[child.id]]
         for child in abandoned:
             self._fail(child)
         self._wake_parents(abandoned)
-        self.logs[id] = []
+        if self.branches is not None:
+            left = Branch(task.branch_id, from_event, task.status, task.output, list(log))
+            self.branches[id] = [*self.branches[id], left]
+            task.branch_id += 1
+        self.logs[id] = log[: from_event - 1]
         self._reset(task)
 
     def _resettable(self, id: int, *states: str) -> ModelTask:
@@ -315,6 +339,8 @@ class Model:
         # The child of one that has not finished may be ending, and waits for its parent then.
         is_free = parent is None or parent.status in FINISHED
         self._touch([each for each in (parent, task if is_free else None) if each is not None])
+        if self._is_abandoned(id):
+            raise Refused("ValueError")
         if task is None or not task.is_durable or task.status not in states:
             raise Refused("ValueError")
         if parent is not None and parent.status not in FINISHED:
@@ -322,10 +348,21 @@ class Model:
         return task
 
     def parent(self, id: int) -> ModelTask | None:
-        """The task whose log has this one as a child."""
-        logs = self.logs.items()
+        """The task whose log, on whatever branch, has this one as a child."""
+        logs = [
+            *self.logs.items(),
+            *((p, left.log) for p, branches in (self.branches or {}).items() for left in branches),
+        ]
         parents = (self.tasks[p] for p, log in logs if any(event.child == id for event in log))
         return next(parents, None)
+
+    def _is_abandoned(self, id: int) -> bool:
+        """Is this one, or one above it, on no current branch?"""
+        parent = self.parent(id)
+        if parent is None:
+            return False
+        is_current = any(event.child == id for event in self.logs[parent.id])
+        return not is_current or self._is_abandoned(parent.id)
 
     def _reset(self, task: ModelTask) -> None:
         self._touch([task])

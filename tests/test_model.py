@@ -1,8 +1,8 @@
-"""Random interleavings of all that the engine of lesson 13 does to its rows, against a model.
+"""Random interleavings of all that the engine of lesson 15 does to its rows, against a model.
 
 Hypothesis makes up sequences of steps: tasks are enqueued, claimed, ended, lost, requeued,
-suspended, woken, retried and replayed by three workers, of which some fall silent and come back as
-zombies. Each step is executed by the lesson's own queries.sql, schema.sql, event_log.py,
+suspended, woken, retried, replayed and forked by three workers, of which some fall silent and come
+back as zombies. Each step is executed by the lesson's own queries.sql, schema.sql, event_log.py,
 durable_context.py and rerun.py in a real Postgres and by engine_model.py; after each of them every
 row must be what the model says. A step may be left in an open transaction while others go on, so
 that rows are locked and statements pass over them or wait.
@@ -42,6 +42,7 @@ from psycopg.types.json import Jsonb
 from engine_model import (
     FINISHED,
     KEY_SHARE,
+    Branch,
     Brief,
     Claim,
     Event,
@@ -90,7 +91,11 @@ ARROWS = {
     ("SLEEPING", "COMPLETED"),
     ("SLEEPING", "FAILED"),
 }
-RESETS = {"retry_task": {"FAILED"}, "replay_task": set(FINISHED)}
+RESETS = {
+    "retry_task": {"FAILED"},
+    "replay_task": set(FINISHED),
+    "fork_task": set(FINISHED),
+}
 
 workers = st.sampled_from(WORKERS)
 queues = st.sampled_from(["a", "a", "a", "b"])
@@ -176,6 +181,7 @@ class Snapshot(NamedTuple):
     workers: dict[int, str]
     event_ids: dict[int, list[int]]
     keys: dict[int, str]
+    branches: dict[int, list[Branch]] | None
 
 
 def pick(of: Callable[[Any], list[Any]]) -> Any:
@@ -195,7 +201,8 @@ class Engine(RuleBasedStateMachine):
         super().__init__()
         self.bench = bench
         self.queries = bench.queries
-        self.model = Model()
+        self.has_forks = bench.lesson.number >= 15
+        self.model = Model(branches={} if self.has_forks else None)
         self.held: Held | None = None
         self.claims: dict[Claim, Any] = {}  # all there ever were, with the rows that came with them
         self.last_id = 0
@@ -550,7 +557,7 @@ class Engine(RuleBasedStateMachine):
     ) -> None:
         """An event that the log has already, or another one in its place."""
         claim, event_id = claim_and_id
-        name, input, _ = self.model.logs[claim.id][event_id - 1]
+        name, input, *_ = self.model.logs[claim.id][event_id - 1]
         if change == "name":
             name, input = "something else", input or 0
         elif change == "input" and name != "sleep":
@@ -770,6 +777,12 @@ class Engine(RuleBasedStateMachine):
     def replay_task(self, id: int, hold: bool, commit: bool) -> None:
         self.reset("replay_task", id, hold, commit)
 
+    @precondition(lambda self: self.has_forks)
+    @has(finished)
+    @rule(id=pick(finished), from_event=st.integers(1, 4), hold=seldom, commit=st.booleans())
+    def fork_task(self, id: int, from_event: int, hold: bool, commit: bool) -> None:
+        self.reset("fork_task", id, hold, commit, from_event)
+
     @rule(name=st.sampled_from(["retry_task", "replay_task"]), id=pick(all_ids))
     def reset_any_task(self, name: str, id: int) -> None:
         """Most of them are in no state for it."""
@@ -800,6 +813,7 @@ class Engine(RuleBasedStateMachine):
         assert now.tasks == self.model.tasks
         assert now.logs == self.model.logs
         assert now.workers == self.model.workers
+        assert now.branches == self.model.branches
         for task in self.with_status("SUSPENDED"):
             children = [self.model.tasks[event.child] for event in self.model.logs[task.id]]
             assert any(child.status not in FINISHED for child in children), "nobody will wake it"
@@ -824,7 +838,7 @@ class Engine(RuleBasedStateMachine):
             assert ids == list(range(1, len(ids) + 1))
         children = [event.child for log in new.logs.values() for event in log]
         assert len(children) == len(set(children))
-        if "replay_task" not in self.steps:
+        if self.has_forks or "replay_task" not in self.steps:
             assert old.keys.items() <= new.keys.items(), "what the log says has changed"
 
     # How a rule is executed.
@@ -958,21 +972,26 @@ class Engine(RuleBasedStateMachine):
 
         return Step("append", append, model_append)
 
-    def reset(self, name: str, id: int, hold: bool, commit: bool) -> None:
+    def reset(self, name: str, id: int, hold: bool, commit: bool, from_event: int = 1) -> None:
         function = getattr(self.bench.lesson.rerun, name)
 
         def reset(model: Model, held: set[int]) -> None:
             if name == "retry_task":
                 model.retry(id)
             else:
-                model.replay(id, held)
+                model.fork(id, from_event, held)
 
         parent = self.model.parent(id)
-        if self.held and self.held.step.name == "replay_task" and parent:
+        if self.held and self.held.step.name == "replay_task" and parent and not self.has_forks:
             # A child whose log entry vanishes while it waits for the parent's row may be refused as
             # well as not: neither is wrong.
             self.wait(self.end_held(commit))
-        step = Step(name, lambda conn: function(OnePool(conn), self.queries, id), reset)
+
+        async def call(conn: Connection) -> None:
+            more = [from_event] if name == "fork_task" else []
+            await function(OnePool(conn), self.queries, id, *more)
+
+        step = Step(name, call, reset)
         self.do(step, hold, commit)
 
     async def append_event(
@@ -1044,14 +1063,29 @@ class Engine(RuleBasedStateMachine):
         logs: dict[int, list[Event]] = {id: [] for id in tasks}
         event_ids: dict[int, list[int]] = {id: [] for id in tasks}
         keys: dict[int, str] = {}
+        every: dict[int, list[tuple[int, int | None, Event]]] = {id: [] for id in tasks}
         for row in await self.rows(EVENTS):
             child = tasks[row["child_task_id"]]
             input = None if child.task_name == "sleep" else child.input
-            logs[row["task_id"]].append(Event(child.task_name, input, child.id))
-            event_ids[row["task_id"]].append(row["event_id"])
+            event = Event(child.task_name, input, child.id, row.get("branch_id", 1))
+            every[row["task_id"]].append((row["event_id"], row.get("abandoned_in"), event))
+            if row.get("abandoned_in") is None:
+                logs[row["task_id"]].append(event)
+                event_ids[row["task_id"]].append(row["event_id"])
             keys[child.id] = row["key"]
+        branches: dict[int, list[Branch]] = {id: [] for id in tasks}
+        for row in await self.rows(BRANCHES if self.has_forks else NO_ROWS):
+            branch = row["branch_id"]
+            log = [
+                event
+                for _, abandoned_in, event in every[row["task_id"]]
+                if event.branch_id <= branch and (abandoned_in is None or abandoned_in > branch)
+            ]
+            outcome = (branch, row["from_event"], row["status"], row["output"])
+            branches[row["task_id"]].append(Branch(*outcome, log))
         workers = {row["id"].int: row["age"] for row in await self.rows(AGES)}
-        return Snapshot(tasks, logs, workers, event_ids, keys)
+        left = branches if self.has_forks else None
+        return Snapshot(tasks, logs, workers, event_ids, keys, left)
 
     async def judgement(self) -> dict[str, Any]:
         """By which workers are judged: our own beat is one of just now."""
@@ -1069,6 +1103,8 @@ FROM tasks
 ORDER BY id
 """
 EVENTS = "SELECT * FROM durable_events ORDER BY task_id, event_id"
+NO_ROWS = "SELECT WHERE false"
+BRANCHES = "SELECT * FROM task_branches ORDER BY task_id, branch_id"
 AGES = f"""
 SELECT id, CASE
     WHEN last_heartbeat_at <= now() - interval '{INACTIVE_AFTER} s' THEN 'inactive'
@@ -1082,9 +1118,8 @@ FROM workers
 
 def model_task(row: dict[str, Any]) -> ModelTask:
     worker = row["worker_id"] and row["worker_id"].int
-    return ModelTask(
-        worker=worker, **{f.name: row[f.name] for f in fields(ModelTask) if f.name != "worker"}
-    )
+    row = {"branch_id": 1, **row, "worker": worker}
+    return ModelTask(**{f.name: row[f.name] for f in fields(ModelTask)})
 
 
 def brief_row(row: dict[str, Any]) -> Brief:
@@ -1102,7 +1137,7 @@ def bench(lesson: Lesson, database: str) -> Iterator[Bench]:
 
 
 @pytest.mark.since(13)
-@pytest.mark.only(13)
+@pytest.mark.only(13, 15)
 def test_whatever_happens_every_row_is_what_the_model_says(bench: Bench) -> None:
     # Rounds, since Hypothesis counts examples, which take ten times as long on a busy machine.
     deadline = time.monotonic() + SECONDS

@@ -484,6 +484,7 @@ async def test_a_parent_that_is_not_told_looks_after_one_interval(
     assert mute.calls["notify"] >= 1
 
 
+@pytest.mark.only(11, 13, 15)
 @pytest.mark.parametrize("how", ["retry_task", "replay_task"])
 async def test_a_notification_that_fails_after_the_commit_fails_nothing(
     lesson: Any, pool: Pool, queries: Any, how: str

@@ -59,7 +59,7 @@ async def wait_for_sleeper(pool: Pool) -> dict[str, Any]:
 
 async def make_sleepers(lab: Lab, count: int, wake_at: str, per_parent: int = 1) -> None:
     """Parents that run nowhere, and their sleeps; `wake_at` is an SQL expression over n."""
-    column, value = lab.branch
+    column, value = lab.of_branch
     async with lab.pool.connection() as conn:
         await conn.execute(
             f"""

@@ -66,7 +66,7 @@ class Family:
 
     async def make(self, children: int = 1, **columns: Any) -> "Family":
         running = {"status": "RUNNING", "attempt": 1, "worker_id": self.worker_id}
-        column, value = self.lab.branch
+        column, value = self.lab.of_branch
         self.parent = await enqueue(
             self.lab.pool, "parent", **{"is_durable": True, **running, **columns}
         )
