@@ -212,11 +212,13 @@ class Run:
         async def execute_late() -> None:
             query = getattr(self.shop.queries, name)
             async with await open_connection(self.shop.pool) as other:
-                result = query(other, **parameters)
-                if isinstance(result, Awaitable):
-                    await result
-                else:
-                    _ = [row async for row in result]
+                # A step that the worker has started meanwhile, by another statement, is refused.
+                with suppress(psycopg.errors.UniqueViolation):
+                    result = query(other, **parameters)
+                    if isinstance(result, Awaitable):
+                        await result
+                    else:
+                        _ = [row async for row in result]
 
         self.late = execute_late
         await self.do_lose(point, conn)

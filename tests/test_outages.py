@@ -99,11 +99,19 @@ class CutsAfterTheFunction:
         return getattr(self.queries, name)
 
     async def complete_task(self, conn: Any, **values: Any) -> Any:
+        await self.cut(conn)
+        return await self.queries.complete_task(conn, **values)
+
+    async def write_outcomes(self, conn: Any, **values: Any) -> AsyncIterator[Any]:
+        await self.cut(conn)
+        async for row in self.queries.write_outcomes(conn, **values):
+            yield row
+
+    async def cut(self, conn: Any) -> None:
         self.times += 1
         if self.times == 1:
             async with await open_connection(self.pool) as other:
                 await other.execute("SELECT pg_terminate_backend(%s)", [conn.info.backend_pid])
-        return await self.queries.complete_task(conn, **values)
 
 
 @pytest.mark.since(4)
