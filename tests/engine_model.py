@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 FINISHED = ("COMPLETED", "FAILED")
 
+SIGNALS = ("approval", "news")
+TIMERS = ("sleep", *SIGNALS)  # children that no worker runs
+
 # Postgres's row locks, as far as the engine takes them: FOR KEY SHARE, NO KEY UPDATE, UPDATE.
 KEY_SHARE, NO_KEY_UPDATE, UPDATE = 1, 2, 3
 
@@ -42,6 +45,16 @@ class Event(NamedTuple):
     child: int
 
 
+@dataclass
+class Signal:
+    """What a task was sent, and the wait that has received it."""
+
+    name: str
+    payload: Any
+    idempotency_key: str | None
+    received_by: int | None = None
+
+
 class Text:
     """Equal to every text that says something: error messages are free to change."""
 
@@ -67,7 +80,7 @@ class ModelTask:
     priority: int
     is_durable: bool
     overdue: bool | None = None  # has its schedule timeout passed? None: there is none
-    is_due: bool | None = None  # has the time to wake it up come? None: it is no sleep
+    is_due: bool | None = None  # has the time to wake it up come? None: it has none
     status: str = "QUEUED"
     output: Any = None
     finished: bool = False
@@ -96,6 +109,7 @@ def brief(task: ModelTask) -> Brief:
 class Model:
     tasks: dict[int, ModelTask] = field(default_factory=dict)
     logs: dict[int, list[Event]] = field(default_factory=dict)
+    signals: dict[int, list[Signal]] = field(default_factory=dict)
     workers: dict[int, str] = field(default_factory=dict)  # fresh, silent, inactive or ahead
     locks: Locks = field(default_factory=dict)
     now: int = 0  # when the transaction began; like the next two, only for comparison
@@ -107,12 +121,14 @@ class Model:
         for id in ids:
             self.tasks[id] = other.tasks[id]
             self.logs[id] = other.logs[id]
+            self.signals[id] = other.signals[id]
             for mine, theirs in ((self.started, other.started), (self.ended, other.ended)):
                 mine.update({id: theirs[id]} if id in theirs else {})
 
     def create(self, task: ModelTask) -> Brief:
         self.tasks[task.id] = task
         self.logs[task.id] = []
+        self.signals[task.id] = []
         self._touch([task])
         return brief(task)
 
@@ -235,11 +251,11 @@ class Model:
         return len(inactive)
 
     def append(
-        self, claim: Claim, event_id: int, event: Event, seconds: float = 0
+        self, claim: Claim, event_id: int, event: Event, seconds: float | None = 0
     ) -> tuple[int, bool]:
         """Returns the child of that event in the log, and whether it was there already.
 
-        A sleep is recorded without its `seconds`.
+        A sleep, or a wait for a signal, is recorded without its `seconds`.
         """
         parent = self.owned(claim)
         if parent is None:
@@ -253,9 +269,12 @@ class Model:
             return recorded.child, True
         log.append(event)
         self.started[event.child] = self.now
-        if event.task_name == "sleep":
-            child = ModelTask(event.child, parent.queue, "sleep", {"seconds": seconds}, 0, 1, False)
-            child.status, child.is_due = "SLEEPING", seconds == 0
+        if event.task_name in TIMERS:
+            input = {"seconds": seconds}
+            child = ModelTask(event.child, parent.queue, event.task_name, input, 0, 1, False)
+            child.status = "SLEEPING"
+            child.is_due = None if seconds is None else seconds == 0
+            child.output = None if event.task_name == "sleep" else {"timed_out": True}
         else:
             child = ModelTask(
                 id=event.child,
@@ -267,7 +286,34 @@ class Model:
                 is_durable=event.task_name == "order",
             )
         self.create(child)
+        if event.task_name in SIGNALS:
+            self._deliver(parent, event.task_name, set())
         return event.child, False
+
+    def send(self, id: int, signal: Signal, held: set[int]) -> None:
+        """A repeated key changes nothing, whatever state the task is in."""
+        task = self.tasks.get(id)
+        if task is None:
+            raise Refused("ValueError")
+        self._touch([task])
+        keys = {sent.idempotency_key for sent in self.signals[id]} - {None}
+        if signal.idempotency_key in keys:
+            return
+        if not task.is_durable or task.status in FINISHED:
+            raise Refused("ValueError")
+        self.signals[id].append(signal)
+        self._deliver(task, signal.name, held)
+
+    def _deliver(self, task: ModelTask, name: str, held: set[int]) -> None:
+        """The oldest signal that is left, to the oldest wait that nobody holds."""
+        waits = [self.tasks[event.child] for event in self.logs[task.id] if event.task_name == name]
+        free = [wait for wait in waits if wait.status == "SLEEPING" and wait.id not in held]
+        unreceived = (s for s in self.signals[task.id] if s.name == name and s.received_by is None)
+        for wait, signal in zip(free[:1], unreceived, strict=False):
+            signal.received_by = wait.id
+            wait.status, wait.output = "COMPLETED", {"payload": signal.payload}
+            self._finish(wait)
+            self._touch_and_wake_parents([wait])
 
     def failed_child(self, id: int) -> ModelTask | None:
         """The child that a failed task's output names."""

@@ -1,11 +1,11 @@
-"""Random interleavings of all that the engine of lesson 13 does to its rows, against a model.
+"""Random interleavings of all that the engine of lesson 14 does to its rows, against a model.
 
 Hypothesis makes up sequences of steps: tasks are enqueued, claimed, ended, lost, requeued,
-suspended, woken, retried and replayed by three workers, of which some fall silent and come back as
-zombies. Each step is executed by the lesson's own queries.sql, schema.sql, event_log.py,
-durable_context.py and rerun.py in a real Postgres and by engine_model.py; after each of them every
-row must be what the model says. A step may be left in an open transaction while others go on, so
-that rows are locked and statements pass over them or wait.
+suspended, woken, sent signals, retried and replayed by three workers, of which some fall silent and
+come back as zombies. Each step is executed by the lesson's own queries.sql, schema.sql and modules
+in a real Postgres and by engine_model.py; after each of them every row must be what the model says.
+A step may be left in an open transaction while others go on, so that rows are locked and statements
+pass over them or wait.
 
     MODEL_SECONDS=600 pytest -o faulthandler_timeout=0 tests/test_model.py
 
@@ -42,12 +42,15 @@ from psycopg.types.json import Jsonb
 from engine_model import (
     FINISHED,
     KEY_SHARE,
+    SIGNALS,
+    TIMERS,
     Brief,
     Claim,
     Event,
     Model,
     ModelTask,
     Refused,
+    Signal,
     brief,
     in_conflict,
 )
@@ -173,6 +176,7 @@ class Held(NamedTuple):
 class Snapshot(NamedTuple):
     tasks: dict[int, ModelTask]
     logs: dict[int, list[Event]]
+    signals: dict[int, list[Signal]]
     workers: dict[int, str]
     event_ids: dict[int, list[int]]
     keys: dict[int, str]
@@ -239,7 +243,7 @@ class Engine(RuleBasedStateMachine):
     def asleep(self) -> list[int]:
         """Those that may sleep on."""
         tasks = [t for t in self.with_status("SLEEPING") if t.id not in self.held_ids()]
-        return [task.id for task in tasks if not task.is_due]
+        return [task.id for task in tasks if task.is_due is False]
 
     def due(self) -> list[int]:
         return [task.id for task in self.with_status("SLEEPING") if task.is_due]
@@ -464,6 +468,67 @@ class Engine(RuleBasedStateMachine):
         event_id = len(self.model.logs[claim.id]) + 1
         self.do(self.appending(claim, event_id, "sleep", None, seconds), hold, commit)
 
+    @has(live_durable)
+    @rule(
+        claim=pick(live_durable),
+        name=st.sampled_from(SIGNALS),
+        seconds=st.sampled_from([None, 0.0, 3600.0]),
+        hold=seldom,
+        commit=st.booleans(),
+    )
+    def await_signal(
+        self, claim: Claim, name: str, seconds: float | None, hold: bool, commit: bool
+    ) -> None:
+        """It may have come already."""
+        event_id = len(self.model.logs[claim.id]) + 1
+        self.do(self.appending(claim, event_id, name, None, seconds), hold, commit)
+
+    @has(with_children)
+    @rule(
+        claim=pick(with_children),
+        name=st.sampled_from(SIGNALS),
+        key=st.sampled_from([None, "k", "l"]),
+        hold=seldom,
+        commit=st.booleans(),
+    )
+    def send(self, claim: Claim, name: str, key: str | None, hold: bool, commit: bool) -> None:
+        self.do(self.sending(claim.id, name, key), hold, commit)
+
+    @rule(id=pick(all_ids), key=st.sampled_from([None, "k", "l"]))
+    def send_to_any_task(self, id: int, key: str | None) -> None:
+        """Often it has finished, or is not durable: then only a repeated key is no error."""
+        self.do(self.sending(id, "approval", key))
+
+    @has(live_durable)
+    @precondition(lambda self: self.held is None)
+    @rule(
+        claim=pick(live_durable),
+        is_suspended=st.booleans(),
+        first=st.sampled_from(["send", "wake", "send twice"]),
+        commit=st.booleans(),
+    )
+    def signal_meets_timeout(
+        self, claim: Claim, is_suspended: bool, first: str, commit: bool
+    ) -> None:
+        """Its time is up when the signal comes: one of the two happens, and no signal is lost."""
+        event_id = len(self.model.logs[claim.id]) + 1
+        self.do(self.appending(claim, event_id, "approval", None, 3600.0))
+        wait = self.model.logs[claim.id][event_id - 1].child
+        if self.model.tasks[wait].status in FINISHED:
+            return  # the signal was there before
+        if is_suspended:
+            self.do(self.suspending(claim, [wait]))
+        self.night_passes(wait)
+        self.rows_are_what_the_model_says()
+        if first == "wake":
+            self.wake(True)
+        else:
+            self.do(self.sending(claim.id, "approval", None), hold=True)
+        if first == "send":
+            self.wake(False)
+        else:
+            self.do(self.sending(claim.id, "approval", None), commit=commit)
+
     @has(asleep)
     @rule(id=pick(asleep))
     def night_passes(self, id: int) -> None:
@@ -553,7 +618,7 @@ class Engine(RuleBasedStateMachine):
         name, input, _ = self.model.logs[claim.id][event_id - 1]
         if change == "name":
             name, input = "something else", input or 0
-        elif change == "input" and name != "sleep":
+        elif change == "input" and name not in TIMERS:
             input = 7
         # Another delay is no other event.
         seconds = 7.0 if change == "input" else 3600.0
@@ -799,6 +864,7 @@ class Engine(RuleBasedStateMachine):
         now = self.wait(self.snapshot())
         assert now.tasks == self.model.tasks
         assert now.logs == self.model.logs
+        assert now.signals == self.model.signals
         assert now.workers == self.model.workers
         for task in self.with_status("SUSPENDED"):
             children = [self.model.tasks[event.child] for event in self.model.logs[task.id]]
@@ -947,8 +1013,21 @@ class Engine(RuleBasedStateMachine):
 
         return Step("suspend", let_go, lambda model, held: model.suspend(claim, awaited))
 
+    def sending(self, id: int, name: str, key: str | None) -> Step:
+        payload = next(self.clock)
+
+        async def send(conn: Connection) -> None:
+            send_signal = self.bench.lesson.signals.send_signal
+            await send_signal(conn, self.queries, id, name, payload, key)
+
+        return Step(
+            "send_signal",
+            send,
+            lambda model, held: model.send(id, Signal(name, payload, key), held),
+        )
+
     def appending(
-        self, claim: Claim, event_id: int, name: str, input: int | None, seconds: float = 0
+        self, claim: Claim, event_id: int, name: str, input: int | None, seconds: float | None = 0
     ) -> Step:
         event = Event(name, input, self.last_id + 1)
 
@@ -997,20 +1076,29 @@ class Engine(RuleBasedStateMachine):
         task = self.bench.lesson.models.Task(**self.claims[claim])
         log = self.bench.lesson.event_log.EventLog(self.queries)
         kind = "SLEEP_STARTED" if name == "sleep" else "TASK_STARTED"
+        kind = "SIGNAL_AWAITED" if name in SIGNALS else kind
         async with conn.transaction():
             event, already_recorded = await log.append(
                 conn, task, event_id, kind, name, input, create_child
             )
+            if name in SIGNALS and not already_recorded:
+                await self.queries.deliver_signal(conn, task_id=claim.id, name=name)
         return event.child_task_id, already_recorded
 
     async def create_child(
-        self, conn: Connection, claim: Claim, name: str, input: int | None, seconds: float = 0
+        self,
+        conn: Connection,
+        claim: Claim,
+        name: str,
+        input: int | None,
+        seconds: float | None = 0,
     ) -> int:
         parent = self.claims[claim]
+        timer = {"queue": parent["queue"], "input": Jsonb({"seconds": seconds}), "seconds": seconds}
         if name == "sleep":
-            row = await self.queries.create_sleep(
-                conn, queue=parent["queue"], input=Jsonb({"seconds": seconds}), seconds=seconds
-            )
+            row = await self.queries.create_sleep(conn, **timer)
+        elif name in SIGNALS:
+            row = await self.queries.create_wait(conn, name=name, **timer)
         else:
             row = await self.queries.create_child(
                 conn,
@@ -1056,12 +1144,15 @@ class Engine(RuleBasedStateMachine):
         keys: dict[int, str] = {}
         for row in await self.rows(EVENTS):
             child = tasks[row["child_task_id"]]
-            input = None if child.task_name == "sleep" else child.input
+            input = None if child.task_name in TIMERS else child.input
             logs[row["task_id"]].append(Event(child.task_name, input, child.id))
             event_ids[row["task_id"]].append(row["event_id"])
             keys[child.id] = row["key"]
+        signals: dict[int, list[Signal]] = {id: [] for id in tasks}
+        for row in await self.rows(SENT):
+            signals[row.pop("task_id")].append(Signal(**row))
         workers = {row["id"].int: row["age"] for row in await self.rows(AGES)}
-        return Snapshot(tasks, logs, workers, event_ids, keys)
+        return Snapshot(tasks, logs, signals, workers, event_ids, keys)
 
     async def judgement(self) -> dict[str, Any]:
         """By which workers are judged: our own beat is one of just now."""
@@ -1076,6 +1167,11 @@ TASKS = """
 SELECT *, finished_at IS NOT NULL AS finished, schedule_timeout_at <= now() AS overdue,
     wake_at <= now() AS is_due
 FROM tasks
+ORDER BY id
+"""
+SENT = """
+SELECT task_id, name, payload, idempotency_key, received_by
+FROM signals
 ORDER BY id
 """
 EVENTS = "SELECT * FROM durable_events ORDER BY task_id, event_id"
@@ -1111,8 +1207,8 @@ def bench(lesson: Lesson, database: str) -> Iterator[Bench]:
     loop.close()
 
 
-@pytest.mark.since(13)
-@pytest.mark.only(13)
+@pytest.mark.since(14)
+@pytest.mark.only(14)
 def test_whatever_happens_every_row_is_what_the_model_says(bench: Bench) -> None:
     # Rounds, since Hypothesis counts examples, which take ten times as long on a busy machine.
     deadline = time.monotonic() + SECONDS
