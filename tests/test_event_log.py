@@ -13,7 +13,7 @@ from helpers import enqueue, execute, wait_for
 from shared import Connection, Pool
 
 # From 07 on event_log.py is the same file.
-pytestmark = [pytest.mark.since(5), pytest.mark.only(5, 6, 7, 13)]
+pytestmark = [pytest.mark.since(5), pytest.mark.only(5, 6, 7, 13, 15)]
 
 CIRCULAR: list[Any] = []
 CIRCULAR.append(CIRCULAR)

@@ -66,6 +66,7 @@ class Family:
 
     async def make(self, children: int = 1, **columns: Any) -> "Family":
         running = {"status": "RUNNING", "attempt": 1, "worker_id": self.worker_id}
+        column, value = self.lab.branch
         self.parent = await enqueue(
             self.lab.pool, "parent", **{"is_durable": True, **running, **columns}
         )
@@ -73,9 +74,9 @@ class Family:
             self.children.append(await enqueue(self.lab.pool, "child", **running))
             await execute(
                 self.lab.pool,
-                """
-                INSERT INTO durable_events (task_id, event_id, kind, key, child_task_id)
-                VALUES (%s, %s, 'TASK_STARTED', '', %s)
+                f"""
+                INSERT INTO durable_events (task_id, event_id, kind, key, child_task_id{column})
+                VALUES (%s, %s, 'TASK_STARTED', '', %s{value})
                 """,
                 *[self.parent, n + 1, self.children[n]],
             )
