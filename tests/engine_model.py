@@ -43,6 +43,16 @@ class Event(NamedTuple):
     task_name: str
     input: Any
     child: int
+    branch: int  # in which it was written
+
+
+class Branch(NamedTuple):
+    """One that was left: where, with what outcome, and the events that the next one lacks."""
+
+    from_event: int
+    status: str
+    output: Any
+    abandoned: list[Event]
 
 
 @dataclass
@@ -88,6 +98,7 @@ class ModelTask:
     worker: int | None = None
     attempt: int = 0
     lost_count: int = 0
+    branch_id: int = 1
 
 
 class Brief(NamedTuple):
@@ -109,6 +120,7 @@ def brief(task: ModelTask) -> Brief:
 class Model:
     tasks: dict[int, ModelTask] = field(default_factory=dict)
     logs: dict[int, list[Event]] = field(default_factory=dict)
+    branches: dict[int, list[Branch]] = field(default_factory=dict)
     signals: dict[int, list[Signal]] = field(default_factory=dict)
     workers: dict[int, str] = field(default_factory=dict)  # fresh, silent, inactive or ahead
     locks: Locks = field(default_factory=dict)
@@ -121,6 +133,7 @@ class Model:
         for id in ids:
             self.tasks[id] = other.tasks[id]
             self.logs[id] = other.logs[id]
+            self.branches[id] = other.branches[id]
             self.signals[id] = other.signals[id]
             for mine, theirs in ((self.started, other.started), (self.ended, other.ended)):
                 mine.update({id: theirs[id]} if id in theirs else {})
@@ -128,6 +141,7 @@ class Model:
     def create(self, task: ModelTask) -> Brief:
         self.tasks[task.id] = task
         self.logs[task.id] = []
+        self.branches[task.id] = []
         self.signals[task.id] = []
         self._touch([task])
         return brief(task)
@@ -267,7 +281,7 @@ class Model:
             if recorded[:2] != event[:2]:
                 raise Refused("NonDeterminismError")
             return recorded.child, True
-        log.append(event)
+        log.append(event._replace(branch=parent.branch_id))
         self.started[event.child] = self.now
         if event.task_name in TIMERS:
             input = {"seconds": seconds}
@@ -337,22 +351,28 @@ class Model:
         for each in tasks:
             self._reset(each)
 
-    def replay(self, id: int, held: set[int]) -> None:
+    def fork(self, id: int, from_event: int, held: set[int]) -> None:
         """It does not wait for children that others hold, who may be finishing them."""
         task = self._resettable(id, *FINISHED)
-        parents = [id]
+        log = self.logs[id]
+        if not 1 <= from_event <= len(log) + 1:
+            raise Refused("ValueError")
+        kept, left = log[: from_event - 1], log[from_event - 1 :]
+        events = left
         abandoned: list[ModelTask] = []
-        while parents:
-            children = [self.tasks[e.child] for parent in parents for e in self.logs[parent]]
+        while events:
+            children = [self.tasks[event.child] for event in events]
             self._touch([child for child in children if child.id not in held])
             if any(child.status == "RUNNING" or child.id in held for child in children):
                 raise Refused("ValueError")
             abandoned += [child for child in children if child.status not in FINISHED]
-            parents = [child.id for child in children]
+            events = [event for child in children for event in self.logs[child.id]]
         for child in abandoned:
             self._fail(child)
         self._wake_parents(abandoned)
-        self.logs[id] = []
+        self.branches[id].append(Branch(from_event, task.status, task.output, left))
+        self.logs[id] = kept
+        task.branch_id += 1
         self._reset(task)
 
     def _resettable(self, id: int, *states: str) -> ModelTask:
@@ -363,15 +383,27 @@ class Model:
         self._touch([each for each in (parent, task if is_free else None) if each is not None])
         if task is None or not task.is_durable or task.status not in states:
             raise Refused("ValueError")
+        if self._is_abandoned(id):
+            raise Refused("ValueError")
         if parent is not None and parent.status not in FINISHED:
             raise Refused("ValueError")
         return task
 
     def parent(self, id: int) -> ModelTask | None:
-        """The task whose log has this one as a child."""
-        logs = self.logs.items()
-        parents = (self.tasks[p] for p, log in logs if any(event.child == id for event in log))
-        return next(parents, None)
+        """The task whose log, on whatever branch, has this one as a child."""
+        parents = (p for p in self.tasks if any(e.child == id for e in self._all_events(p)))
+        return next((self.tasks[p] for p in parents), None)
+
+    def _all_events(self, id: int) -> list[Event]:
+        return self.logs[id] + [e for branch in self.branches[id] for e in branch.abandoned]
+
+    def _is_abandoned(self, id: int) -> bool:
+        """Whether it, or one that it descends from, is on a branch that was left."""
+        parent = self.parent(id)
+        if parent is None:
+            return False
+        is_current = any(event.child == id for event in self.logs[parent.id])
+        return not is_current or self._is_abandoned(parent.id)
 
     def _reset(self, task: ModelTask) -> None:
         self._touch([task])
