@@ -788,6 +788,15 @@ class Engine(RuleBasedStateMachine):
                     self.do(self.suspending(order, [self.model.logs[child][0].child]))
         self.do(self.ending(claim, "FAILED", {"error": "no"}))
         self.reset("fork_task", claim.id, hold, True, from_event)
+        # Its next branch ends, and what the old one has started must stay as it is.
+        self.heartbeat(claim.worker)
+        self.claim(claim.worker, (self.model.tasks[claim.id].queue, True), ("order",), 50, False)
+        for order in self.live_durable():
+            if order.id == claim.id:
+                self.do(self.ending(order, "COMPLETED", 0))
+        if child:
+            self.reset("fork_task", child, False, True)
+            self.reset("retry_task", child, False, True)
 
     @has(live)
     @rule(claim=pick(live), hold=seldom)

@@ -39,7 +39,7 @@ from shared.demo import show
 from shared.schema import schema_name
 
 TESTS = Path(__file__).parents[1]
-LESSON = TESTS.parent / "lessons" / "14-signals"
+LESSON = TESTS.parent / "lessons" / "15-forking"
 SURVIVES_OUTAGES, STOPS, LISTENS, SIGNALS, FORKS = 8, 9, 11, 14, 15  # from these lessons on
 QUEUE = "orders"
 PATIENCE = 30.0  # seconds; reached only if something is wrong
