@@ -58,6 +58,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def where(about: dict[str, Any]) -> str:
+    """On what it was measured, and when."""
+    return (
+        f"{about['cores']} cores ({about['cpu']}), Python {about['python']}, "
+        f"psycopg {about['psycopg']}, Postgres {about['postgres']}, {about['date'][:10]}"
+    )
+
+
 def cpu() -> str:
     """The name of the CPU where the system tells."""
     try:
