@@ -43,7 +43,7 @@ def draw(path: Path, about: dict[str, Any], figures: dict[str, Any]) -> None:
     """Write the chart to a file."""
     lessons = figures["lessons"]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 1.8 + 0.5 * len(lessons)), layout="constrained")
+        figure = Figure(figsize=(12, 2.6 + 0.5 * len(lessons)), layout="constrained")
         noops, orders, delays = figure.subplots(1, 3, sharey=True, width_ratios=[3, 2, 2])
         draw_rates(noops, lessons, "noop_per_s")
         draw_floors(noops, figures["floor"])
@@ -70,14 +70,13 @@ def draw_rates(axes: Any, lessons: dict[str, Any], name: str) -> None:
             axes.barh(row, rate, height=0.6, color=BAR)
             axes.plot([low, high], [row + 0.4, row + 0.4], color=INK, linewidth=1.5)
             axes.text(max(rate, high), row, f" {rate:,.0f}", va="center", fontsize=9)
-    axes.set_xlim(left=0)
-    axes.margins(x=0.2)
+    axes.set_xlim(0, 1.2 * max(figures.get(f"{name}_max", 1) for figures in lessons.values()))
 
 
 def draw_floors(axes: Any, floor: dict[str, Any]) -> None:
     """A line for each: the same statements without a worker."""
     for name, label in {"noop_per_s": "one by one", "batched_per_s": "in hundreds"}.items():
-        axes.axvline(floor[name], color=FLOOR, linestyle="--")
+        axes.axvline(floor[name], color=FLOOR, linestyle="--", linewidth=1, zorder=0)
         axes.annotate(
             f"statements alone,\n{label}: {floor[name]:,.0f}",
             (floor[name], 1),
@@ -87,6 +86,7 @@ def draw_floors(axes: Any, floor: dict[str, Any]) -> None:
             va="bottom",
             fontsize=8.5,
         )
+    axes.set_xlim(right=max(axes.get_xlim()[1], 1.1 * floor["batched_per_s"]))
 
 
 def draw_delays(axes: Any, lessons: dict[str, Any]) -> None:

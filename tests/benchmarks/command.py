@@ -53,7 +53,7 @@ async def measure_all(options: argparse.Namespace) -> tuple[dict[str, Any], dict
 
         floors = await stage(THIRD, "20"), await stage(LATEST, "20")
         stages = [await stage(path) for path in options.lesson]
-        about = await report.about(stages[-1])
+        about = report.about(stages[-1])
         await measure_lessons(book, floors, stages, options.quick)
         if not options.quick:
             piles = {

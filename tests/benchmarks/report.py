@@ -10,12 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psycopg
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
 from benchmarks.measure import Book
 from benchmarks.stage import Stage
+from shared import database_url
 
 # What a lesson's rates are compared with, round by round.
 RATIOS = {
@@ -33,20 +35,19 @@ OF_A_FIGURE = ("_min", "_max", "_p95")
 CONSOLE = Console(width=None if sys.stdout.isatty() else 220)
 
 
-async def about(stage: Stage) -> dict[str, Any]:
+def about(stage: Stage) -> dict[str, Any]:
     """When and on what this is measured."""
-    (row,) = await stage.rows(
-        """
-        SELECT current_setting('server_version') AS postgres,
-            current_setting('fsync') AS fsync,
-            current_setting('synchronous_commit') AS synchronous_commit
-        """
-    )
-    return {"last_lesson": f"{stage.number:02}", **machine(), **row}
+    return {"last_lesson": f"{stage.number:02}", **machine()}
 
 
 def machine() -> dict[str, Any]:
-    """The date, the machine, and how busy it is with other things."""
+    """The date, the machine, and how busy it is with other things; and the server."""
+    with psycopg.connect(database_url()) as conn:
+        postgres, fsync = (
+            conn.execute(f"SHOW {name}".encode()).fetchone() for name in ("server_version", "fsync")
+        )
+    assert postgres
+    assert fsync
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cores": os.cpu_count(),
@@ -55,6 +56,8 @@ def machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "psycopg": version("psycopg"),
+        "postgres": postgres[0],
+        "fsync": fsync[0],
     }
 
 
@@ -62,7 +65,8 @@ def where(about: dict[str, Any]) -> str:
     """On what it was measured, and when."""
     return (
         f"{about['cores']} cores ({about['cpu']}), Python {about['python']}, "
-        f"psycopg {about['psycopg']}, Postgres {about['postgres']}, {about['date'][:10]}"
+        f"psycopg {about['psycopg']}, Postgres {about['postgres']} with fsync {about['fsync']}, "
+        f"{about['date'][:10]}"
     )
 
 

@@ -62,7 +62,7 @@ def lessons(found: Figures) -> Iterator[str]:
     )
     floor = found["floor"]
     name = "floor, one by one"
-    yield row(name, ranged(floor, "noop_per_s"), "1", "", value(floor, "tx_per_task"), "", "")
+    yield row(name, ranged(floor, "noop_per_s"), "1", "", value(floor, "noop_tx_per_task"), "", "")
     name = "floor, in hundreds"
     cells = ranged(floor, "batched_per_s"), "", "1", value(floor, "batched_tx_per_task")
     yield row(name, *cells, "", "")
