@@ -27,7 +27,7 @@ from shared import run
 ROUNDS = scaled(5)
 QUICK_ROUNDS = scaled(3)
 GROWTH_ROUNDS = scaled(3)
-LATENCIES = scaled(25)
+LATENCIES = scaled(20)
 
 
 def measurable() -> list[Path]:
@@ -80,7 +80,7 @@ async def measure_lessons(
             await measure_rates(book, prefix, stage, share)
     say("latencies, and what idle workers do")
     for prefix, stage in lessons.items():
-        await measure_latency(book, prefix, stage, LATENCIES // share)
+        await measure_latency(book, prefix, stage, max(1, LATENCIES // share))
     await measure_idle(book, lessons)
 
 

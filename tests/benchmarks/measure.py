@@ -98,7 +98,7 @@ async def measure_idle(book: Book, stages: dict[str, Stage]) -> None:
         await asyncio.sleep(2)
         before = {prefix: await ask(process) for prefix, process in idle.items()}
         since = time.monotonic()
-        await asyncio.sleep(10 * SCALE)
+        await asyncio.sleep(8 * SCALE)
         for prefix, process in idle.items():
             statements = await ask(process) - before[prefix]
             name = f"{prefix}.idle_statements_per_s"
