@@ -40,7 +40,7 @@ class Batches:
         return answer
 
     async def keep_sending(self) -> None:
-        """Send what waits, then what has come meanwhile. There is no timer. Returns never."""
+        """Send what waits, then what has come meanwhile. There is no timer. Never returns."""
         while True:
             await self._news.wait()
             self._news.clear()
