@@ -131,6 +131,8 @@ def peers(found: Figures) -> Iterator[str]:
             ranged(figures, "orders_per_s"),
             value(figures, "orders_times"),
         )
+    for name, why in found["left_out"].items():
+        yield row(name, f"not measured: {why}", "", "", "")
     yield ""
     versions = found["versions"].items()
     yield ", ".join(f"{package} {number or 'not installed'}" for package, number in versions) + "."
