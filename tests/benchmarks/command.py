@@ -147,4 +147,6 @@ def main(description: str | None) -> None:
     if options.svg and not find_spec("matplotlib"):
         sys.exit("--svg needs matplotlib: pip install -e '.[benchmark]'")
     options.lesson = sorted(set(options.lesson or measurable()), key=lesson_number)
+    if len(set(map(lesson_number, options.lesson))) < len(options.lesson):
+        sys.exit("--lesson: two of these have one number; measure them one after the other")
     run(measure(options))

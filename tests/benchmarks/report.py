@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import psycopg
 from rich import box
 from rich.console import Console
@@ -51,7 +52,7 @@ def machine() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cores": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "busy_percent_before": psutil.cpu_percent(interval=1),
         "cpu": cpu(),
         "platform": platform.platform(),
         "python": platform.python_version(),

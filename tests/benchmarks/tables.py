@@ -20,6 +20,7 @@ from benchmarks.report import text
 
 README = Path(__file__).parent / "README.md"
 SVG = Path(__file__).parent / "lessons.svg"
+QUIET = 10  # percent
 Figures = dict[str, Any]
 
 
@@ -47,11 +48,11 @@ def machine(about: Figures) -> Iterator[str]:
     """Where it was measured, and whether anything else ran there."""
     yield ""
     yield f"{report.where(about)}, {about['platform'].partition('-')[0]}."
-    if about["load_before"] is not None and about["load_before"] >= 0.5:
+    if about["busy_percent_before"] > QUIET:
         yield ""
         yield (
-            f"**Something else was running** (a load of {about['load_before']} before the first "
-            "measurement): these figures say little."
+            f"**Something else was running** (the processors were busy for "
+            f"{about['busy_percent_before']:.0f} % of the time before): these figures say little."
         )
 
 
@@ -101,7 +102,7 @@ def growth(found: Figures) -> Iterator[str]:
         number, _, rest = name.partition("_")
         title = f"{int(number):,} {rest}" if number.isdecimal() else name.replace("_", " ")
         yield row(
-            title.replace("without", "without such rows"),
+            title.replace("without", "without such rows").replace("1 processes", "1 process"),
             ranged(figures, "noop_per_s"),
             value(figures, "noop_of_without"),
             ranged(figures, "orders_per_s"),
@@ -130,6 +131,8 @@ def peers(found: Figures) -> Iterator[str]:
             ranged(figures, "orders_per_s"),
             value(figures, "orders_times"),
         )
+    for name, why in found["left_out"].items():
+        yield row(name, f"not measured: {why}", "", "", "")
     yield ""
     versions = found["versions"].items()
     yield ", ".join(f"{package} {number or 'not installed'}" for package, number in versions) + "."

@@ -92,27 +92,37 @@ def installed(package: str) -> str | None:
 
 
 def measure_all(options: argparse.Namespace) -> dict[str, Any]:
-    """Rounds in which each has its turn."""
+    """Rounds in which each has its turn. Who cannot be measured is left out."""
     chosen = {
         name: peer
         for name, peer in peers().items()
         if not options.only or any(part in name for part in options.only)
     }
+    versions = {peer.package: installed(peer.package) for peer in chosen.values()}
+    left_out = {
+        name: f"{peer.package} is not installed"
+        for name, peer in chosen.items()
+        if versions[peer.package] is None
+    }
     book: Book = defaultdict(lambda: defaultdict(list))
-    absent = {peer.package for peer in chosen.values() if installed(peer.package) is None}
-    for package in sorted(absent):
-        print(f"{package} is not installed: left out", file=sys.stderr)
     about = report.machine()
     for number in range(1, options.rounds + 1):
         print(f"round {number} of {options.rounds}", file=sys.stderr)
         for name, peer in chosen.items():
-            if peer.package in absent:
+            if name in left_out:
                 continue
-            book[name]["noop_per_s"].append(measure(peer, "noop", scaled(peer.noops)))
-            if peer.orders:
-                book[name]["orders_per_s"].append(measure(peer, "order", scaled(peer.orders)))
-    versions = {peer.package: installed(peer.package) for peer in chosen.values()}
-    return {"about": about, "versions": versions, "peers": figures(book)}
+            try:
+                book[name]["noop_per_s"].append(measure(peer, "noop", scaled(peer.noops)))
+                if peer.orders:
+                    book[name]["orders_per_s"].append(measure(peer, "order", scaled(peer.orders)))
+            except subprocess.CalledProcessError:
+                left_out[name] = "it failed"
+            except subprocess.TimeoutExpired:
+                left_out[name] = f"it took more than {LIMIT} s"
+    for name, why in left_out.items():
+        print(f"{name}: left out, {why}", file=sys.stderr)
+        book.pop(name, None)
+    return {"about": about, "versions": versions, "peers": figures(book), "left_out": left_out}
 
 
 def figures(book: Book) -> dict[str, dict[str, float]]:
