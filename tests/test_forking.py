@@ -29,6 +29,7 @@ from helpers import (
     wait_for,
     wait_for_status,
     working,
+    write_outcome,
 )
 from players import Player, orders, play, wait_for_lock_wait
 from shared import Connection, Pool
@@ -243,7 +244,7 @@ async def test_a_zombie_of_the_old_branch_changes_nothing(lab: ForkLab) -> None:
     await execute(lab.pool, "UPDATE tasks SET status = 'QUEUED', worker_id = NULL")
     zombies.append(await claim(lab))
     async with lab.pool.connection() as conn:
-        await write(lab, conn, zombies[1], "complete_task")
+        await write(lab, conn, zombies[1], "COMPLETED")
     await lab.fork(id, 1)
     for is_claimed in (False, True):
         if is_claimed:
@@ -251,8 +252,8 @@ async def test_a_zombie_of_the_old_branch_changes_nothing(lab: ForkLab) -> None:
         before = await lab.everything()
         for zombie in zombies:
             async with lab.pool.connection() as conn:
-                for query in ("complete_task", "fail_task", "requeue_failed_task"):
-                    assert await write(lab, conn, zombie, query) == 0
+                for status in ("COMPLETED", "FAILED", "QUEUED"):
+                    assert await write(lab, conn, zombie, status) == 0
                 with pytest.raises(lab.errors.TaskNotOwnedError):
                     await append(lab, conn, zombie)
         assert await lab.everything() == before
@@ -283,9 +284,9 @@ async def poll(lab: ForkLab, conn: Connection, name: str, is_durable: bool) -> l
     return [lab.lesson.models.Task(**row) async for row in rows]
 
 
-async def write(lab: ForkLab, conn: Connection, task: Any, query: str) -> int:
-    values = {"id": task.id, "worker_id": task.worker_id, "attempt": task.attempt}
-    return int(await getattr(lab.queries, query)(conn, **values, output=Jsonb([])))
+async def write(lab: ForkLab, conn: Connection, task: Any, status: str) -> int:
+    owner = (task.id, task.worker_id, task.attempt)
+    return await write_outcome(lab.queries, conn, *owner, status, [])
 
 
 async def append(lab: ForkLab, conn: Connection, task: Any) -> Any:
@@ -706,7 +707,7 @@ async def test_a_fork_of_a_task_that_is_ending(lab: ForkLab, commit: bool) -> No
     id = await lab.enqueue(lab.order)
     task = await claim(lab)
     async with lab.pool.connection() as conn, conn.transaction():
-        await write(lab, conn, task, "complete_task")
+        await write(lab, conn, task, "COMPLETED")
         fork = asyncio.create_task(lab.fork(id, 1))
         await wait_for_lock_wait(lab.pool)
         if not commit:
@@ -801,7 +802,9 @@ class Scene:
         elif other == "expire":
             _ = [row async for row in lab.queries.expire_tasks(conn, limit=1000)]
         elif other == "complete":
-            await lab.queries.complete_task(conn, id=self.leaf, output=None, **self.owner)
+            await write_outcome(
+                lab.queries, conn, self.leaf, status="COMPLETED", output=None, **self.owner
+            )
         elif other == "claim":
             await poll(lab, conn, "step", is_durable=False)
         else:
