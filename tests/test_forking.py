@@ -469,8 +469,6 @@ async def test_what_is_abandoned_is_over_whatever_comes(lab: ForkLab) -> None:
     async with working(lab.worker(parent, inner)):
         await wait_for_status(lab.pool, id, "FAILED")
         await lab.fork(id, 1)
-        old = [row["id"] for row in await lab.tasks() if row["id"] != id and row["status"] in OPEN]
-        assert old == []
         abandoned = (await lab.tasks())[1:8]
         assert {row["status"] for row in abandoned} == {"FAILED"}
         await wait_for_status(lab.pool, id, "SUSPENDED")
@@ -701,6 +699,20 @@ async def test_who_waits_for_a_fork_above_sees_that_it_has_abandoned_the_task(
     assert [(await get_task(lab.pool, task))["status"] for task in tasks[1:]] == 2 * ["FAILED"]
 
 
+@pytest.mark.parametrize("action", ["retry", "replay"])
+async def test_who_waits_for_a_fork_above_sees_that_the_parent_is_at_work(
+    lab: ForkLab, action: str
+) -> None:
+    """The task is of the new branch, too, which goes on from what has become of it."""
+    id = await lab.enqueue(lab.order, status="FAILED")
+    child = await lab.child(id, 1, "order", status="FAILED")
+    async with forking(lab, id, 2, commit=True):
+        other = asyncio.create_task(getattr(lab, action)(child))
+        await wait_for_lock_wait(lab.pool)
+    with pytest.raises(ValueError, match=f"{child} is a child of task {id}, which is QUEUED"):
+        await other
+
+
 @pytest.mark.parametrize("commit", [True, False], ids=["committed", "rolled back"])
 async def test_a_fork_of_a_task_that_is_ending(lab: ForkLab, commit: bool) -> None:
     """It waits to see how that ends."""
@@ -771,8 +783,8 @@ class Scene:
         if other in ("wake", "expire"):
             await execute(lab.pool, f"UPDATE tasks {overdue}")
 
-    async def fork(self, player: Player) -> None:
-        await self.rerun(player, "fork_task", self.top, "get_events", "begin_branch")
+    async def fork(self, turns: tuple[str, ...], player: Player) -> None:
+        await self.rerun(player, "fork_task", self.top, *turns)
 
     async def rerun(self, player: Player, name: str, id: int, *turns: str) -> None:
         await player.turn()
@@ -837,10 +849,13 @@ async def test_whatever_meets_a_fork_neither_waits_in_a_circle_nor_is_left_behin
 ) -> None:
     """Statement by statement, in every order."""
     results = set()
-    for order in orders(3, 2):
+    # Who completes the leaf holds it, and waits for its parent: does the fork, between the two?
+    per_level = ("abandon_tasks",) if other == "complete" else ()
+    turns = per_level or ("get_events", "begin_branch")
+    for order in orders(4 if per_level else 3, 2):
         scene = Scene(lab)
         await scene.set(other)
-        players = [Player(scene.fork), Player(partial(scene.play, other))]
+        players = [Player(partial(scene.fork, turns)), Player(partial(scene.play, other))]
         outcomes = await play(lab.pool, players, order)
         assert {type(outcome) for outcome in outcomes} <= {type(None), ValueError}, outcomes
         assert None in outcomes, f"{order}: {outcomes}"
