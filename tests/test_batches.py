@@ -286,8 +286,9 @@ async def test_a_writer_that_is_cancelled_loses_nothing(lab: BatchLab) -> None:
         sending.cancel()
         await asyncio.wait([sending])
     assert not any(write.done() for write in writes)
-    await lab.outcomes.flush()
-    assert await asyncio.gather(*writes) == [True] * 3
+    async with asyncio.timeout(DEADLINE):
+        await lab.outcomes.flush()
+        assert await asyncio.gather(*writes) == [True] * 3
 
 
 @asynccontextmanager
@@ -547,17 +548,37 @@ async def test_the_step_of_a_zombie_in_a_batch_is_not_started(lab: BatchLab) -> 
     ours, lost = [await lab.running(is_durable=True) for _ in range(2)]
     await execute(lab.pool, "UPDATE tasks SET attempt = 2 WHERE id = %s", lost.id)
     steps = lab.lesson.steps.Steps(lab.pool, lab.queries)
-    child = {"task_name": "step", "input": Jsonb(1), "max_retries": 0, "timeout": None}
-    starts = [
-        asyncio.create_task(steps.start(task, 1, "key", child | {"is_durable": False}))
-        for task in (lost, ours)
-    ]
+    starts = start_steps(steps, lost, ours)
     await asyncio.sleep(0)
     await steps.flush()
     assert [await start is None for start in starts] == [True, False]
     assert lab.queries.sizes(STEPS) == [2]
     assert (await lab.children(lost.id), len(await lab.children(ours.id))) == ([], 1)
     assert len(await lab.tasks()) == 3
+
+
+def start_steps(steps: Any, *tasks: Any) -> list[asyncio.Task[Any]]:
+    """Start a plain step of each of these tasks; the rows of the children, or None."""
+    columns = {"max_retries": 0, "timeout": None, "is_durable": False}
+    child = {"task_name": "step", "input": Jsonb(1), **columns}
+    return [asyncio.create_task(steps.start(task, 1, "key", child)) for task in tasks]
+
+
+async def test_a_step_that_is_over_when_its_batch_is_sent_again_is_left_out(lab: BatchLab) -> None:
+    ours, over = [await lab.running(is_durable=True) for _ in range(2)]
+    lab.queries.may_send[STEPS].clear()
+    lab.queries.cut[STEPS] = "before"
+    steps = lab.lesson.steps.Steps(lab.pool, lab.queries)
+    starts = start_steps(steps, over, ours)
+    await asyncio.sleep(0)
+    flush = asyncio.create_task(steps.flush())
+    await wait_for(lambda: lab.queries.batches[STEPS], "they are on their way")
+    starts[0].cancel()
+    lab.queries.may_send[STEPS].set()
+    await flush
+    assert (await starts[1])["status"] == "QUEUED"
+    assert lab.queries.sizes(STEPS) == [2, 1]
+    assert await lab.children(over.id) == []
 
 
 @pytest.mark.parametrize("way", ["timeout", "failure"])

@@ -798,6 +798,30 @@ class Engine(RuleBasedStateMachine):
             self.reset("fork_task", child, False, True)
             self.reset("retry_task", child, False, True)
 
+    @has(live_durable)
+    @precondition(lambda self: self.has_forks and self.held is None)
+    @rule(claim=pick(live_durable), from_event=st.integers(1, 3), ends=st.booleans())
+    def fork_and_go_on(self, claim: Claim, from_event: int, ends: bool) -> None:
+        """The next attempt is on the new branch. What the old one left is never run again."""
+        for _ in range(2):
+            self.append(claim, "order", 0, False, True)
+        children = [event.child for event in self.model.logs[claim.id]]
+        self.do(self.ending(claim, "FAILED", {"error": "no", "child_task_id": children[0]}))
+        self.reset("fork_task", claim.id, False, True, from_event)
+        self.rows_are_what_the_model_says()
+        self.heartbeat(claim.worker)
+        self.claim(claim.worker, (self.model.tasks[claim.id].queue, True), ("order",), 50, False)
+        for again in self.live_durable():
+            if again.id == claim.id:
+                self.append(again, "step", 0, False, True)
+                self.rows_are_what_the_model_says()
+                if ends:
+                    self.do(self.ending(again, "COMPLETED", 1))
+                    self.rows_are_what_the_model_says()
+        for child in children:
+            for name in ("retry_task", "replay_task"):
+                self.reset(name, child, False, True)
+
     @has(live)
     @rule(claim=pick(live), hold=seldom)
     def worker_dies(self, claim: Claim, hold: bool) -> None:

@@ -329,6 +329,7 @@ async def test_sleepers_whose_parent_is_being_suspended_are_woken_the_next_time(
     assert (await family.status(), await other.status()) == ("QUEUED", "RUNNING")
 
 
+@pytest.mark.only(13, 15)
 async def test_a_replay_is_refused_while_a_child_is_ending_and_does_not_wait_for_it(
     lab: Lab,
 ) -> None:
@@ -345,6 +346,7 @@ async def test_a_replay_is_refused_while_a_child_is_ending_and_does_not_wait_for
     assert (await get_task(lab.pool, family.children[0]))["status"] == "FAILED"
 
 
+@pytest.mark.only(13, 15)
 @pytest.mark.parametrize("again", ["retry_task", "replay_task"])
 async def test_a_child_that_is_ending_is_refused_without_waiting_for_it(
     lab: Lab, again: str
