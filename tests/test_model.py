@@ -788,18 +788,9 @@ class Engine(RuleBasedStateMachine):
                     self.do(self.suspending(order, [self.model.logs[child][0].child]))
         self.do(self.ending(claim, "FAILED", {"error": "no"}))
         self.reset("fork_task", claim.id, hold, True, from_event)
-        # Its next branch ends, and what the old one has started must stay as it is.
-        self.heartbeat(claim.worker)
-        self.claim(claim.worker, (self.model.tasks[claim.id].queue, True), ("order",), 50, False)
-        for order in self.live_durable():
-            if order.id == claim.id:
-                self.do(self.ending(order, "COMPLETED", 0))
-        if child:
-            self.reset("fork_task", child, False, True)
-            self.reset("retry_task", child, False, True)
 
     @has(live_durable)
-    @precondition(lambda self: self.has_forks and self.held is None)
+    @precondition(lambda self: self.held is None)
     @rule(claim=pick(live_durable), from_event=st.integers(1, 3), ends=st.booleans())
     def fork_and_go_on(self, claim: Claim, from_event: int, ends: bool) -> None:
         """The next attempt is on the new branch. What the old one left is never run again."""
@@ -819,7 +810,7 @@ class Engine(RuleBasedStateMachine):
                     self.do(self.ending(again, "COMPLETED", 1))
                     self.rows_are_what_the_model_says()
         for child in children:
-            for name in ("retry_task", "replay_task"):
+            for name in ("retry_task", "fork_task"):
                 self.reset(name, child, False, True)
 
     @has(live)
