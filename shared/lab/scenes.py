@@ -4,16 +4,22 @@ A scene makes its moment certain by gates in the lab's own task functions. The l
 """
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from typing import Any
 
+import psycopg
 from shared.lab.errors import LabError
 from shared.lab.hand import Hand
 from shared.lab.lesson import OpenLesson
 
+from shared.errors import error_text
 from shared.lab import crashes as c
 from shared.lab import waits as w
 from shared.lab.step import Play, Step
+from shared.outages import one_line
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,9 +110,12 @@ class Performance:
     async def _advance(self, answer: str | None) -> None:
         try:
             self._step = await self._steps.asend(answer)
-        except LabError as error:
-            # The reader's lesson, or the reader, has done what the scene is not about.
-            self._error = str(error)
+        except (LabError, psycopg.Error) as error:
+            # The reader, or the reader's lesson, has done what the scene is not about.
+            self._error = one_line(error)
+        except Exception as error:
+            log.exception("scene %s", self.scene.name)
+            self._error = error_text(error)
         finally:
             self._work = None
         self.lab.touch()

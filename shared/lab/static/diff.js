@@ -17,7 +17,11 @@ export async function showDiff(box, state, notice, from, to) {
   if (!answer.ok) return notice(diff.error);
   shown = `${from}-${to}`;
   const again = () => showDiff(box, state, notice, selected(box, "from"), selected(box, "to"));
-  box.replaceChildren(chooser(state.lessons, from, to, again), contents(diff), ...diff.files.map(file));
+  box.replaceChildren(
+    chooser(state.lessons, from, to, again),
+    contents(diff),
+    ...diff.files.map(file),
+  );
 }
 
 const selected = (box, name) => box.querySelector(`[name=${name}]`).value;
@@ -25,19 +29,37 @@ const selected = (box, name) => box.querySelector(`[name=${name}]`).value;
 function chooser(lessons, from, to, again) {
   const select = (name, value) => {
     const options = lessons.map(({ number, name: title }) =>
-      el("option", { value: number, selected: number === value }, `${number} ${title.replaceAll("-", " ")}`),
+      el(
+        "option",
+        { value: number, selected: number === value },
+        `${number} ${title.replaceAll("-", " ")}`,
+      ),
     );
     const box = el("select", { name, "aria-label": name }, options);
     box.addEventListener("change", again);
     return box;
   };
-  return el("div", { class: "choose" }, "From lesson", select("from", from), "to", select("to", to));
+  return el(
+    "div",
+    { class: "choose" },
+    "From lesson",
+    select("from", from),
+    "to",
+    select("to", to),
+  );
 }
 
 function contents(diff) {
-  const links = diff.files.map((file, number) => el("li", {}, el("a", { href: `#file-${number}` }, file.name)));
+  const links = diff.files.map((file, number) =>
+    el("li", {}, el("a", { href: `#file-${number}` }, file.name)),
+  );
   const same = diff.same.length ? `The same in both: ${diff.same.join(", ")}.` : "";
-  return el("nav", { "aria-label": "Files" }, el("ol", {}, links), el("p", { class: "quiet" }, same));
+  return el(
+    "nav",
+    { "aria-label": "Files" },
+    el("ol", {}, links),
+    el("p", { class: "quiet" }, same),
+  );
 }
 
 function file({ name, state, rows }, number) {
@@ -52,7 +74,16 @@ function file({ name, state, rows }, number) {
     el(
       "div",
       { class: `code ${isOne ? "one" : ""}`, tabindex: "0", role: "group", "aria-label": name },
-      el("table", {}, el("colgroup", {}, columns.map((kind) => el("col", { class: kind || null }))), el("tbody", {}, lines(rows, line, columns.length))),
+      el(
+        "table",
+        {},
+        el(
+          "colgroup",
+          {},
+          columns.map((kind) => el("col", { class: kind || null })),
+        ),
+        el("tbody", {}, lines(rows, line, columns.length)),
+      ),
     ),
   );
 }
@@ -81,7 +112,11 @@ function half(line, side, kind) {
   if (!line) return [el("td", { class: "n absent" }), el("td", { class: "absent" })];
   const code = line.spans.map(([text, token, isMarked]) => {
     const look = token ? token[0] : null; // k: keyword, s: string, c: comment, n: name, m: number
-    const content = isDefinition(token) ? el("span", { class: "d" }, text) : look && "kscm".includes(look) ? el("span", { class: look }, text) : text;
+    const content = isDefinition(token)
+      ? el("span", { class: "d" }, text)
+      : look && "kscm".includes(look)
+        ? el("span", { class: look }, text)
+        : text;
     return isMarked ? el("mark", {}, content) : content;
   });
   return [el("td", { class: "n" }, String(line.n)), el("td", { class: `${side}-${kind}` }, code)];

@@ -29,12 +29,17 @@ function connect() {
     renderLog();
   });
   stream.addEventListener("open", () => fault(null));
-  stream.addEventListener("error", () => fault("The lab does not answer. If it has ended, start it again in its terminal, and open the address that it prints."));
+  stream.addEventListener("error", () =>
+    fault(
+      "The lab does not answer. If it has ended, start it again in its terminal, and open the address that it prints.",
+    ),
+  );
 }
 
 function receive(news) {
-  state = news;
-  received = performance.now();
+  if (news.now != null) received = performance.now();
+  // While the database is away, the tables are shown as they were when last seen.
+  state = news.now == null ? { tasks: [], ...state, ...news, chosen: state?.chosen } : news;
   if (state.choose != null && state.choose !== follows) choose(state.choose);
   follows = state.choose;
   const newest = state.tasks.find((task) => task.parent == null);
@@ -53,15 +58,24 @@ function choose(id) {
 function render() {
   const { lesson, database } = state;
   document.title = `The lab: lesson ${lesson.number}`;
-  morph($("lesson"), [document.createTextNode(`Lesson ${lesson.number}: ${lesson.name.replaceAll("-", " ")}`)]);
+  morph($("lesson"), [
+    document.createTextNode(`Lesson ${lesson.number}: ${lesson.name.replaceAll("-", " ")}`),
+  ]);
   $("database").className = `database ${database.state}`;
   morph($("database"), databaseParts(database, lesson.abilities));
-  document.querySelector("[data-action=start_worker]").disabled = Boolean(lesson.error);
-  morph($("scene"), scene(state));
+  renderScene();
   morph($("enqueue"), enqueueButtons(state));
   morph($("queue"), queue(state, chosen));
   renderWhatMoves();
   renderLog();
+}
+
+/** Who plays a scene with the keyboard stays in it, although the buttons are others each time. */
+function renderScene() {
+  const isInside = $("scene").contains(document.activeElement);
+  morph($("scene"), scene(state));
+  if (isInside && !$("scene").contains(document.activeElement))
+    $("scene").querySelector("button.primary, .choices button, .programme button")?.focus();
 }
 
 /** What changes with the clock alone. */
@@ -69,21 +83,29 @@ function renderWhatMoves() {
   if (!state || document.hidden) return;
   morph($("workers"), workers(state, late()));
   const isShown = state.chosen?.task.id === chosen;
-  if (isShown || !state.chosen) morph($("timeline"), chosenTask(state, state.now + late(), $("timeline").clientWidth || 600));
+  if (isShown || !state.chosen)
+    morph($("timeline"), chosenTask(state, state.now + late(), $("timeline").clientWidth || 600));
 }
 
 function databaseParts(database, abilities) {
   const whose = database.embedded ? "Postgres" : "Postgres at DATABASE_URL";
   return [
     el("span", { role: "status" }, `${whose} is ${database.state}`),
-    abilities.includes("restart_postgres") && action("restart_postgres", {}, "Restart", { class: "small", "aria-label": "Restart Postgres" }),
+    abilities.includes("restart_postgres") &&
+      action("restart_postgres", {}, "Restart", {
+        class: "small",
+        "aria-label": "Restart Postgres",
+      }),
   ].filter(Boolean);
 }
 
 function renderLog() {
   const task = state?.chosen;
   const isOfAll = $("log-all").checked || !task;
-  showLog($("log"), isOfAll ? null : new Set([task.task.id, ...(task.children ?? []).map((child) => child.id)]));
+  showLog(
+    $("log"),
+    isOfAll ? null : new Set([task.task.id, ...(task.children ?? []).map((child) => child.id)]),
+  );
 }
 
 function fault(text) {

@@ -22,10 +22,19 @@ export function axis(place, bottom) {
     const x = place.x(place.from + second);
     parts.push(
       svg("line", { class: "grid", x1: x, x2: x, y1: bottom, y2: bottom + 5 }),
-      svg("text", { class: "quiet", x, y: bottom + 19, "text-anchor": second ? "middle" : "start" }, second ? String(second) : "0 s"),
+      svg(
+        "text",
+        { class: "quiet", x, y: bottom + 19, "text-anchor": second ? "middle" : "start" },
+        second ? String(second) : "0 s",
+      ),
     );
   }
-  return svg("g", {}, svg("line", { class: "grid", x1: place.left, x2: place.end, y1: bottom, y2: bottom }), parts);
+  return svg(
+    "g",
+    {},
+    svg("line", { class: "grid", x1: place.left, x2: place.end, y1: bottom, y2: bottom }),
+    parts,
+  );
 }
 
 /** The moments: their names in as many levels as they need, and a line down from each. */
@@ -49,12 +58,31 @@ export function marks(moments, place) {
     height,
     lines: (bottom) =>
       placed.map((one) =>
-        svg("line", { class: `moment ${isRed(one.moment) ? "red" : ""}`, x1: one.x, x2: one.x, y1: top(one), y2: bottom }, svg("title", {}, one.text)),
+        svg(
+          "line",
+          {
+            class: `moment ${isRed(one.moment) ? "red" : ""}`,
+            x1: one.x,
+            x2: one.x,
+            y1: top(one),
+            y2: bottom,
+          },
+          svg("title", {}, one.text),
+        ),
       ),
     texts: placed
       .filter((one) => one.level >= 0)
       .map((one) =>
-        svg("text", { class: isRed(one.moment) ? "red-text" : "quiet", x: one.x + (one.isLeft ? -5 : 5), y: top(one) + 10, "text-anchor": one.isLeft ? "end" : "start" }, one.text),
+        svg(
+          "text",
+          {
+            class: isRed(one.moment) ? "red-text" : "quiet",
+            x: one.x + (one.isLeft ? -5 : 5),
+            y: top(one) + 10,
+            "text-anchor": one.isLeft ? "end" : "start",
+          },
+          one.text,
+        ),
       ),
   };
 }
@@ -68,7 +96,16 @@ export function kill(x, y) {
 export function status(text, x, place, y) {
   const isLeft = x + textWidth(text) + 8 > place.width;
   const kind = text === "COMPLETED" ? "done" : text === "FAILED" ? "bad" : "quiet";
-  return svg("text", { class: kind, x: isLeft ? place.width : x + 7, y: isLeft && place.isNarrow ? y - 6 : y + 14, "text-anchor": isLeft ? "end" : "start" }, text);
+  return svg(
+    "text",
+    {
+      class: kind,
+      x: isLeft ? place.width : x + 7,
+      y: isLeft && place.isNarrow ? y - 6 : y + 14,
+      "text-anchor": isLeft ? "end" : "start",
+    },
+    text,
+  );
 }
 
 /** Hatched: the row says RUNNING, and nobody runs it. */
@@ -78,7 +115,13 @@ export function hatch() {
     {},
     svg(
       "pattern",
-      { id: "hatch", width: 7, height: 7, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
+      {
+        id: "hatch",
+        width: 7,
+        height: 7,
+        patternUnits: "userSpaceOnUse",
+        patternTransform: "rotate(45)",
+      },
       svg("rect", { class: "hatch-back", width: 7, height: 7 }),
       svg("rect", { class: "hatch-line", width: 2, height: 7 }),
     ),

@@ -65,7 +65,12 @@ function item(task, chosen) {
     { class: task.parent ? "child" : "", "data-key": `task-${task.id}` },
     el(
       "button",
-      { class: "plain", "data-choose": task.id, title: `attempt ${task.attempt}`, "aria-current": task.id === chosen ? "true" : null },
+      {
+        class: "plain",
+        "data-choose": task.id,
+        title: `attempt ${task.attempt}`,
+        "aria-current": task.id === chosen ? "true" : null,
+      },
       el("span", { class: "id" }, String(task.id)),
       el("span", { class: "of" }, task.name),
       el("span", { class: "again" }, task.attempt > 1 ? `×${task.attempt}` : ""),

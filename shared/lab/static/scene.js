@@ -8,13 +8,16 @@ export function scene(state) {
 }
 
 function programme(scenes) {
-  if (!scenes.length) return [el("p", { class: "quiet" }, "This lesson has no scenes. Do with it what you like.")];
+  if (!scenes.length)
+    return [el("p", { class: "quiet" }, "This lesson has no scenes. Do with it what you like.")];
   return [
     el("h2", {}, "Scenes"),
     el(
       "ol",
       { class: "programme" },
-      scenes.map(({ name, title }) => el("li", { "data-key": name }, action("scene", { name }, title, { class: "plain" }))),
+      scenes.map(({ name, title }) =>
+        el("li", { "data-key": name }, action("scene", { name }, title, { class: "plain" })),
+      ),
     ),
   ];
 }
@@ -25,7 +28,7 @@ function played(scene) {
       "div",
       { class: "over", "data-key": "over" },
       el("h2", {}, `Scene: ${scene.title}`),
-      action("scene_stop", {}, scene.done ? "To the other scenes" : "Leave the scene", { class: "small" }),
+      !scene.done && action("scene_stop", {}, "Leave the scene", { class: "small" }),
     ),
     el(
       "div",
@@ -34,6 +37,7 @@ function played(scene) {
       el("p", { class: "sentence" }, scene.sentence),
       scene.rows && table(scene.rows),
       scene.question && el("p", { class: "question" }, scene.question),
+      scene.error && el("p", { class: "failed" }, `The scene cannot go on. ${scene.error}`),
     ),
     scene.choices && choices(scene),
     !scene.choices && next(scene),
@@ -44,7 +48,11 @@ function answer({ given, right, is_right: isRight }) {
   return el(
     "p",
     { class: "answer" },
-    el("span", { class: `verdict ${isRight ? "right" : "wrong"}` }, isRight ? "Right: " : "Not quite: "),
+    el(
+      "span",
+      { class: `verdict ${isRight ? "right" : "wrong"}` },
+      isRight ? "Right: " : "Not quite: ",
+    ),
     isRight ? right : `you said “${given}”. What happened: ${right}`,
   );
 }
@@ -58,11 +66,16 @@ function choices(scene) {
 }
 
 function next(scene) {
-  if (scene.done) return null;
+  const button = scene.done
+    ? action("scene_stop", {}, "To the other scenes", { class: "primary" })
+    : action("scene_next", {}, scene.button, {
+        class: "primary",
+        "aria-disabled": scene.busy ? "true" : null,
+      });
   return el(
     "div",
     { class: "buttons", "data-key": "next" },
-    action("scene_next", {}, scene.button ?? "Next", { class: "primary", "aria-disabled": scene.busy ? "true" : null }),
+    button,
     scene.busy && el("span", { class: "working", role: "status" }, scene.busy),
   );
 }
@@ -77,8 +90,26 @@ function table({ title, rows }) {
       "table",
       {},
       el("caption", {}, title),
-      el("thead", {}, el("tr", {}, columns.map((column) => el("th", { scope: "col" }, column)))),
-      el("tbody", {}, rows.map((row) => el("tr", {}, columns.map((column) => el("td", {}, text(row[column])))))),
+      el(
+        "thead",
+        {},
+        el(
+          "tr",
+          {},
+          columns.map((column) => el("th", { scope: "col" }, column)),
+        ),
+      ),
+      el(
+        "tbody",
+        {},
+        rows.map((row) =>
+          el(
+            "tr",
+            {},
+            columns.map((column) => el("td", {}, text(row[column]))),
+          ),
+        ),
+      ),
     ),
   );
 }

@@ -16,12 +16,13 @@ export function workers(state, late) {
   }
   const living = state.workers.filter((worker) => worker.state !== "dead");
   const dead = state.workers.filter((worker) => worker.state === "dead").reverse();
-  const cards = [...living, ...dead].map((worker) => card(worker, state.lesson, late));
-  if (dead.length) cards.push(action("clear", {}, "Forget the dead", { class: "small plain quiet" }));
+  const cards = [...living, ...dead].map((worker) => card(worker, state, late));
+  if (dead.length)
+    cards.push(action("clear", {}, "Forget the dead", { class: "small plain quiet" }));
   return cards;
 }
 
-function card(worker, lesson, late) {
+function card(worker, { lesson, database }, late) {
   return el(
     "article",
     {
@@ -37,7 +38,7 @@ function card(worker, lesson, late) {
     ),
     el("p", { class: "small-print" }, `process ${worker.pid}${displayName(worker)}`),
     worker.error && el("pre", { tabindex: "0", "aria-label": "its last words" }, worker.error),
-    lesson.inactive_after != null && pulse(worker, lesson.inactive_after, late),
+    lesson.inactive_after != null && pulse(worker, lesson.inactive_after, late, database.state === "away"),
     worker.state !== "dead" && worker.slots && slots(worker.slots),
     (worker.state !== "dead" && worker.held ? worker.held : []).map(heldAt),
     worker.state !== "dead" && buttons(worker, lesson),
@@ -57,10 +58,14 @@ function displayName(worker) {
   return worker.display_name ? `, known as ${worker.display_name}` : "";
 }
 
-function pulse(worker, limit, late) {
+function withoutHeartbeat(worker, isAway) {
+  if (isAway) return "Its heartbeat cannot be read at the moment.";
+  return worker.state === "starting" ? "No heartbeat yet." : "It has no row in workers any more.";
+}
+
+function pulse(worker, limit, late, isAway) {
   if (worker.heartbeat_age == null) {
-    const what = worker.state === "dead" ? "It has no row in workers any more." : "No heartbeat yet.";
-    return el("p", { class: "small-print" }, what);
+    return el("p", { class: "small-print" }, withoutHeartbeat(worker, isAway));
   }
   const age = Math.max(0, worker.heartbeat_age + late);
   const scale = 1.5 * limit; // seconds from left to right
@@ -97,13 +102,22 @@ function bar(used, limit) {
     { "aria-hidden": "true" },
     svg("rect", { x: 0.5, y: 0.5, width: "99%", height: 7, rx: 3.5 }),
     used > 0 &&
-      svg("rect", { class: "used", width: `${Math.max(3, 99 * share).toFixed(1)}%`, height: 8, rx: 4 }),
+      svg("rect", {
+        class: "used",
+        width: `${Math.max(3, 99 * share).toFixed(1)}%`,
+        height: 8,
+        rx: 4,
+      }),
   );
 }
 
 function heldAt(held) {
   const [name, place] = held.gate.split(":");
-  return el("p", { class: "held" }, `task ${held.task} is held in ${name}: ${PLACES[place] ?? place}`);
+  return el(
+    "p",
+    { class: "held" },
+    `task ${held.task} is held in ${name}: ${PLACES[place] ?? place}`,
+  );
 }
 
 const PLACES = {
