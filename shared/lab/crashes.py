@@ -3,7 +3,6 @@
 from collections.abc import AsyncGenerator
 
 from shared.lab.hand import Hand
-
 from shared.lab.step import (
     Step,
     enqueue_order,
@@ -13,6 +12,7 @@ from shared.lab.step import (
     number,
     payments,
     ran_again,
+    said,
     status,
     tasks,
 )
@@ -90,8 +90,9 @@ async def fenced_off(lab: Hand) -> Steps:
         rows=before,
         meanwhile="The worker wakes up, in the middle of its function.",
     )
+    line = lab.record.last_number
     await lab.thaw(worker)
-    await lab.said(worker, "not ours any more")
+    await said(lab, worker, "not ours any more", line)
     after = await tasks(lab, order)
     yield Step(
         "Its write says: only if the attempt is still 1. The attempt is 2, so no row matches. The "

@@ -191,7 +191,7 @@ class Processes:
         order = json.dumps({"gates": sorted(closed)}).encode() + b"\n"
         for worker in self.workers:
             assert worker.process.stdin is not None
-            with suppress(OSError):  # it has ended
+            with suppress(OSError, ValueError):  # it has ended
                 worker.process.stdin.write(order)
                 worker.process.stdin.flush()
         self.changed()

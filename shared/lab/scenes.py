@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import psycopg
-from shared.lab.errors import LabError
-from shared.lab.hand import Hand
-from shared.lab.lesson import OpenLesson
 
 from shared.errors import error_text
 from shared.lab import crashes as c
 from shared.lab import waits as w
+from shared.lab.errors import LabError
+from shared.lab.hand import Hand
+from shared.lab.lesson import OpenLesson
 from shared.lab.step import Play, Step
 from shared.outages import one_line
 

@@ -101,13 +101,22 @@ async def events(lab: Hand, order: int) -> Rows:
 async def payments(lab: Hand, order: int) -> Rows:
     """The payments of an order, from the demo's payment service."""
     query = (
-        "SELECT payments.* FROM payments JOIN tasks ON tasks.id = %(id)s "
-        "WHERE order_id = input ->> 'order_id' ORDER BY payments.inserted_at"
+        "SELECT to_jsonb(payments) - 'inserted_at' AS payment FROM payments "
+        "JOIN tasks ON order_id = input ->> 'order_id' WHERE id = %(id)s "
+        "ORDER BY payments.inserted_at"
     )
     rows = await lab.rows(query, {"id": order})
-    for row in rows:
-        del row["inserted_at"]
-    return Rows("the payments", rows)
+    return Rows("the payments", [row["payment"] for row in rows])
+
+
+async def said(lab: Hand, worker: str, words: str, since: int) -> None:
+    """Wait until a worker says something, in a line of the log after this number."""
+
+    def is_said() -> bool:
+        lines = lab.record.newer_than(since)
+        return any(line["worker"] == worker and words in line["text"] for line in lines)
+
+    await lab.wait_for(is_said, f"worker {worker} says {words!r}")
 
 
 async def ran_again(lab: Hand, order: int) -> str:

@@ -1,8 +1,7 @@
 """Scenes of orders that wait: lessons 12 to 15."""
 
-from shared.lab.hand import Hand
-
 from shared.lab.crashes import Steps
+from shared.lab.hand import Hand
 from shared.lab.step import Rows, Step, enqueue_order, finished, payments, status, tasks
 
 ASLEEP = 8  # seconds; longer than it takes to notice that a worker is dead
