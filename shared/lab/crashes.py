@@ -284,35 +284,30 @@ async def told_to_stop(lab: Hand) -> Steps:
     """09: SIGTERM is not a crash."""
     yield Step(
         "A stop is announced, so a worker can use the announcement. Worker A gets an order, which "
-        "is durable, and a parcel, which is a plain task of four seconds.",
+        "is durable, and a parcel, which is a plain task.",
         meanwhile="Worker A claims both.",
     )
+    await lab.hold("pack_parcel:start")
     worker, order = await held_at(lab, "process_order:between")
-    (parcel,) = await lab.enqueue("plain", seconds=4)
-    running = {"id": parcel}
-    await lab.until("SELECT status = 'RUNNING' FROM tasks WHERE id = %(id)s", running, "it runs")
+    (parcel,) = await lab.enqueue("plain")
+    await lab.reached("pack_parcel:start")
     await lab.start_worker()
+    finishes, at_once, later = choices = [
+        "A finishes it, and then ends",
+        "B has it at once, while A still packs",
+        "B has it when five seconds have passed",
+    ]
     yield Step(
-        "The order is between two steps, the parcel is half packed, and worker B stands by. "
+        "The order is between two steps, the parcel is being packed, and worker B stands by. "
         f"{worker} is about to get SIGTERM.",
         question="What becomes of the order?",
-        choices=[
-            "A finishes it, and then ends",
-            "B has it at once, while A still packs",
-            "B has it when five seconds have passed",
-        ],
+        choices=choices,
         meanwhile="Watch both workers.",
     )
     await lab.stop(worker)
     query = "SELECT attempt = 2 OR status = 'COMPLETED', attempt FROM tasks WHERE id = %(id)s"
     taken = await lab.until(query, {"id": order}, "somebody else has the order")
-    parcel_status = await status(lab, parcel)
-    if taken["attempt"] == 1:
-        right = "A finishes it, and then ends"
-    elif parcel_status == "RUNNING":
-        right = "B has it at once, while A still packs"
-    else:
-        right = "B has it when five seconds have passed"
+    is_packing = await status(lab, parcel) == "RUNNING"
     await lab.release()
     await finished(lab, order)
     await finished(lab, parcel)
@@ -322,6 +317,6 @@ async def told_to_stop(lab: Hand) -> Steps:
         "The order's progress is in its log, so it was put back at once. The parcel's was only in "
         "memory, so it got its grace, and A packed it to the end: attempt 1.",
         rows=rows,
-        right=right,
+        right=finishes if taken["attempt"] == 1 else at_once if is_packing else later,
         is_last=True,
     )

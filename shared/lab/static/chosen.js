@@ -20,7 +20,7 @@ export function chosenTask(state, now, width) {
 
 function head(task) {
   const numbers = [
-    `attempt ${task.attempt}`,
+    task.attempt ? `attempt ${task.attempt}` : "not claimed yet",
     task.retry_count ? `${task.retry_count} retried` : null,
     task.lost_count ? `${task.lost_count} times lost` : null,
     task.branch > 1 ? `branch ${task.branch}` : null,
@@ -65,9 +65,8 @@ function extras(chosen) {
 
 function payments(rows) {
   if (!rows.length) return "none";
-  const keyed = (row) =>
-    row.idempotency_key == null ? row.amount : `${row.amount} under key ${row.idempotency_key}`;
-  return `${rows.length}: ${rows.map(keyed).join(", ")}`;
+  const key = (row) => (row.idempotency_key == null ? "" : `, key ${row.idempotency_key}`);
+  return rows.map((row) => `${row.amount}${key(row)}`).join("; ");
 }
 
 function hand(chosen, abilities) {

@@ -62,7 +62,7 @@ function render() {
     document.createTextNode(`Lesson ${lesson.number}: ${lesson.name.replaceAll("-", " ")}`),
   ]);
   $("database").className = `database ${database.state}`;
-  morph($("database"), databaseParts(database, lesson.abilities));
+  morph($("database"), databaseParts(database));
   renderScene();
   morph($("enqueue"), enqueueButtons(state));
   morph($("queue"), queue(state, chosen));
@@ -87,11 +87,11 @@ function renderWhatMoves() {
     morph($("timeline"), chosenTask(state, state.now + late(), $("timeline").clientWidth || 600));
 }
 
-function databaseParts(database, abilities) {
+function databaseParts(database) {
   const whose = database.embedded ? "Postgres" : "Postgres at DATABASE_URL";
   return [
     el("span", { role: "status" }, `${whose} is ${database.state}`),
-    abilities.includes("restart_postgres") &&
+    database.embedded &&
       action("restart_postgres", {}, "Restart", {
         class: "small",
         "aria-label": "Restart Postgres",

@@ -42,4 +42,7 @@ function row(line) {
   );
 }
 
-const clock = (at) => new Date(at * 1000).toISOString().slice(11, 23);
+function clock(at) {
+  const date = new Date(at * 1000);
+  return `${date.toTimeString().slice(0, 8)}.${String(date.getMilliseconds()).padStart(3, "0")}`;
+}

@@ -4,6 +4,17 @@ import { svg } from "./dom.js";
 
 const STEPS = [1, 2, 5, 10, 20, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 86400];
 const RED = ["kill", "died"];
+// What happened, in a word or two; the log has it in full.
+const NAMES = {
+  kill: (key) => `kill -9 ${key}`,
+  freeze: (key) => `${key} frozen`,
+  thaw: (key) => `${key} thawed`,
+  stop: (key) => `SIGTERM to ${key}`,
+  cut: (key) => `connections of ${key} cut`,
+  died: (key) => `${key} has ended`,
+  restart: (key, text) => (text.includes("has been") ? "Postgres is back" : "Postgres restarts"),
+  requeued: (key) => `queued again by ${key}`,
+};
 const LEVEL = 17; // pixels between two lines of moments' names
 const LEVELS = 3;
 
@@ -42,7 +53,7 @@ export function marks(moments, place) {
   const ends = []; // where the last name of each level ends
   const placed = moments.map((moment) => {
     const x = place.x(moment.at);
-    const text = moment.text ?? moment.what;
+    const text = NAMES[moment.what]?.(moment.worker_key, moment.text) ?? moment.what;
     const width = textWidth(text) + 14;
     const isLeft = x + width > place.width; // its name stands left of its line
     const start = isLeft ? x - width : x;

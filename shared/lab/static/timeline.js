@@ -5,6 +5,7 @@ import { axis, hatch, kill, marks, status, textWidth } from "./marks.js";
 
 const LANES = 6; // so many attempts have a lane; of more, the last ones
 const BAR = 20;
+const LATE = 0.4; // seconds
 const OPEN = ["QUEUED", "RUNNING", "SLEEPING", "SUSPENDED"];
 // What the lanes themselves show is not marked once more.
 const MARKED = [
@@ -27,7 +28,7 @@ export function timeline(chosen, now, width) {
   const place = layout(chosen, now, width);
   const lanes = chosen.lanes.slice(-LANES);
   const moments = chosen.moments.filter(
-    (moment) => MARKED.includes(moment.what) && moment.at >= place.from,
+    (moment) => MARKED.includes(moment.what) && moment.at >= place.from && moment.at <= place.to,
   );
   const drawnMoments = marks(moments, place);
   let y = drawnMoments.height;
@@ -82,19 +83,7 @@ function layout(chosen, now, width) {
   const right = isNarrow ? 8 : 104;
   const first = chosen.lanes.slice(-LANES)[0]?.from ?? now;
   const from = Math.max(Math.min(chosen.task.inserted_at, first), first - 15);
-  const isOpen =
-    OPEN.includes(chosen.task.status) ||
-    chosen.lanes.some((lane) => lane.to == null && lane.end == null);
-  const known = [
-    chosen.task.finished_at,
-    ...chosen.lanes.map((lane) => lane.to),
-    ...chosen.moments.map((moment) => moment.at),
-    ...(chosen.children ?? []).flatMap((child) => [
-      child.finished_at,
-      ...(child.lanes ?? []).map((lane) => lane.to),
-    ]),
-  ].filter((time) => time != null);
-  const to = Math.max(from + 6, isOpen ? now : Math.max(...known));
+  const to = Math.max(from + 4, isOpen(chosen) ? now : lastEnd(chosen) + 0.3);
   const scale = (width - left - right) / (to - from);
   const x = (time) => left + (Math.min(Math.max(time, from), to) - from) * scale;
   return {
@@ -109,6 +98,19 @@ function layout(chosen, now, width) {
     row: isNarrow ? 44 : 31,
     names: isNarrow ? 18 : 0,
   };
+}
+
+const isOpen = ({ task, lanes }) =>
+  OPEN.includes(task.status) || lanes.some((lane) => lane.to == null);
+
+/** When the last thing of a finished task, and of its children, has ended. */
+function lastEnd({ task, lanes, children }) {
+  const rows = [{ ...task, lanes }, ...(children ?? [])];
+  const times = rows.flatMap((row) => [
+    row.finished_at,
+    ...(row.lanes ?? []).map((lane) => lane.to),
+  ]);
+  return Math.max(...times.filter((time) => time != null));
 }
 
 function name(text, place, y, quiet) {
@@ -127,7 +129,7 @@ function name(text, place, y, quiet) {
 
 function attempt(lane, chosen, place, y) {
   const following = chosen.lanes.find((other) => other.attempt > lane.attempt);
-  const parts = bars([lane], chosen, place, y + place.names, following);
+  const parts = bars([lane], chosen.task, chosen.moments, place, y + place.names, following);
   return svg(
     "g",
     { class: colour(lane.worker_key ?? "") },
@@ -147,101 +149,100 @@ function pending(chosen, place, y) {
   ];
 }
 
-/** The bars of attempts in one row, and what the row of the table said between them. */
-function bars(lanes, chosen, place, y, following) {
+/** The attempts of one row, and what the table said of it between them. */
+function bars(lanes, row, moments, place, y, following) {
   return lanes.flatMap((lane, number) => {
     const next = lanes[number + 1] ?? following;
-    const parts = [bar(lane, place, y)];
-    if (lane.to != null) parts.push(...after(lane, next, chosen, place, y));
-    if (lane.end === "killed" || lane.end === "worker ended")
-      parts.push(kill(place.x(lane.to), y + BAR / 2));
+    const parts = [bar(lane, ownedUntil(lane, next, row, moments, place), place, y)];
+    if (lane.to != null) parts.push(...after(lane, next, row, moments, place, y));
+    if (isCutOff(lane)) parts.push(kill(place.x(lane.to), y + BAR / 2));
     return parts;
   });
 }
 
-function bar(lane, place, y) {
-  const x = place.x(lane.from);
-  const width = Math.max(2, place.x(lane.to ?? place.now) - x);
-  const isPast = lane.end === "fenced off" || lane.end === "requeued";
+const isCutOff = (lane) => lane.end === "killed" || lane.end === "worker ended";
+
+/** Until when the row was this attempt's: a frozen worker, say, goes on without owning it. */
+function ownedUntil(lane, next, row, moments, place) {
+  const end = lane.to ?? place.now;
+  const isTaken = lane.end === "fenced off" || lane.end === "requeued";
+  const taken = isTaken ? requeuedAfter(lane.from, moments) : null;
+  return Math.min(end, taken ?? next?.from ?? row.finished_at ?? end);
+}
+
+function requeuedAfter(time, moments) {
+  return moments.find((moment) => moment.what === "requeued" && moment.at >= time)?.at;
+}
+
+function bar(lane, owned, place, y) {
+  const [x, middle, end] = [lane.from, owned, lane.to ?? place.now].map(place.x);
+  const rect = (kind, from, to) =>
+    svg("rect", { class: kind, x: from, y, width: Math.max(2, to - from), height: BAR, rx: 3 });
   return svg(
     "g",
-    { class: `${colour(lane.worker_key ?? "")} ${isPast ? "past" : ""}` },
-    svg(
-      "rect",
-      { class: "lane", x, y, width, height: BAR, rx: 3 },
-      svg("title", {}, lane.text ?? `attempt ${lane.attempt}`),
-    ),
-    width > 16 &&
+    { class: colour(lane.worker_key ?? "") },
+    svg("title", {}, lane.text ?? `attempt ${lane.attempt}`),
+    end - middle > 3 && rect("lane past", middle, end),
+    rect("lane", x, middle),
+    middle - x > 16 &&
       lane.worker_key &&
       svg("text", { class: "on", x: x + 6, y: y + 14 }, lane.worker_key),
   );
 }
 
 /** From the end of an attempt until the next one: whose is the row meanwhile? */
-function after(lane, next, chosen, place, y) {
-  const end = next?.from ?? (OPEN.includes(chosen.task.status) ? place.now : lane.to);
+function after(lane, next, row, moments, place, y) {
+  const end = next?.from ?? (OPEN.includes(row.status) ? place.now : lane.to);
   if (end <= lane.to) return [];
   if (lane.end === "SUSPENDED") {
-    const height = y + BAR / 2;
-    return [
-      svg("line", {
-        class: "suspended",
-        x1: place.x(lane.to) + 4,
-        x2: place.x(end),
-        y1: height,
-        y2: height,
-      }),
-    ];
+    const at = { y1: y + BAR / 2, y2: y + BAR / 2 };
+    return [svg("line", { class: "suspended", x1: place.x(lane.to) + 4, x2: place.x(end), ...at })];
   }
   if (lane.end === "QUEUED") return [stretch("queued", lane.to, end, place, y)];
-  if (lane.end !== "killed" && lane.end !== "worker ended") return [];
-  const requeued = chosen.moments.find(
-    (moment) => moment.what === "requeued" && moment.at >= lane.to,
-  );
-  const until = Math.min(requeued?.at ?? end, end);
+  if (!isCutOff(lane)) return [];
+  const until = Math.min(requeuedAfter(lane.to, moments) ?? end, end);
   return [stretch("stale", lane.to, until, place, y), stretch("queued", until, end, place, y)];
 }
 
+const SAYS = { stale: "RUNNING, but nobody runs it", queued: "QUEUED" };
+
+/** A stretch of time in which no worker has the row. */
 function stretch(kind, from, to, place, y) {
   const x = place.x(from);
   const width = place.x(to) - x;
   if (width < 1) return "";
-  const says = { stale: "RUNNING, but nobody runs it", queued: "QUEUED" }[kind];
+  const text = SAYS[kind];
+  const hasText = kind === "queued" && width > textWidth(text) + 10;
   return svg(
     "g",
     {},
+    text && svg("title", {}, text),
     svg("rect", { class: kind, x: x + 0.5, y: y + 0.5, width, height: BAR - 1, rx: 2 }),
-    says &&
-      kind === "queued" &&
-      width > textWidth(says) + 10 &&
-      svg("text", { class: "quiet", x: x + 8, y: y + 14 }, says),
-    says && kind === "stale" && svg("title", {}, says),
+    hasText && svg("text", { class: "quiet", x: x + 8, y: y + 14 }, text),
   );
 }
 
 const SAID = { killed: "", "worker ended": "", requeued: "taken from it", QUEUED: "put back" };
 
+/** How an attempt ended, right of its bar. */
 function outcome(lane, following, task, place, y) {
   if (lane.end == null) return following ? "" : status(task.status, place.x(place.now), place, y);
-  const isStillStale = !following && OPEN.includes(task.status);
-  const text = SAID[lane.end] ?? lane.end;
-  const x = isStillStale ? place.x(place.now) : place.x(lane.to);
-  return status(isStillStale ? task.status : text, x, place, y);
+  if (!following && OPEN.includes(task.status)) {
+    return status(task.status, place.x(place.now), place, y);
+  }
+  return status(SAID[lane.end] ?? lane.end, place.x(lane.to), place, y);
 }
 
 /** A row for an event: the child that it leads to, from its creation to its end. */
 function child(event, child, chosen, place, y) {
-  const label = `${event.event_id}  ${event.name ?? event.kind}`;
+  const label = `${event.event_id}  ${event.name ?? child?.name ?? event.kind}`;
   const isPast = event.abandoned_in != null;
   const top = y + place.names;
   if (!child) return svg("g", { class: isPast ? "past" : null }, name(label, place, y));
   const lanes = child.lanes ?? [];
-  const context = { task: child, moments: chosen.moments };
   const claimed = lanes[0]?.from ?? child.finished_at ?? place.now;
   const isAsleep = child.status === "SLEEPING" || (!lanes.length && event.kind !== "TASK_STARTED");
-  const ends =
-    child.finished_at ??
-    (lanes.at(-1)?.to != null && !OPEN.includes(child.status) ? lanes.at(-1).to : place.now);
+  const ended = Math.max(child.finished_at ?? place.now, lanes.at(-1)?.to ?? 0);
   return svg(
     "g",
     { class: isPast ? "past" : null },
@@ -249,27 +250,22 @@ function child(event, child, chosen, place, y) {
     isAsleep
       ? stretch("asleep", child.inserted_at, child.finished_at ?? place.now, place, top)
       : stretch("queued", child.inserted_at, claimed, place, top),
-    bars(lanes, context, place, top),
-    status(child.status, place.x(ends), place, top),
+    bars(lanes, child, chosen.moments, place, top),
+    status(child.status, place.x(ended), place, top),
   );
 }
 
 /** From the attempt that wrote the event down to the event's row. */
 function link(event, lanes, rowOf, place, y) {
-  const lane = lanes.findLast(
-    (one) => one.from <= event.at + 0.05 && (one.to ?? place.now) >= event.at - 0.05,
-  );
-  const x = place.x(event.at);
-  const to = y + place.names;
-  if (!lane) return ["", ""];
+  // Lanes are by the clock of the lab, which hears of an attempt a moment after it has begun.
+  const lane = lanes.findLast((one) => one.from <= event.at + LATE) ?? lanes[0];
+  if (!lane || event.at < lane.from - LATE) return ["", ""];
+  const x = Math.max(place.x(event.at), place.x(lane.from)).toFixed(1);
   const from = rowOf.get(lane.attempt) + place.names + BAR;
+  const title = svg("title", {}, `event ${event.event_id}`);
   return [
-    svg("path", { class: "link", d: `M${x.toFixed(1)} ${from}V${to}` }),
-    svg(
-      "circle",
-      { class: "event", cx: x, cy: from - 1, r: 4.5 },
-      svg("title", {}, `event ${event.event_id}`),
-    ),
+    svg("path", { class: "link", d: `M${x} ${from}V${y + place.names}` }),
+    svg("circle", { class: "event", cx: x, cy: from - 1, r: 4.5 }, title),
   ];
 }
 

@@ -38,10 +38,11 @@ function card(worker, { lesson, database }, late) {
     ),
     el("p", { class: "small-print" }, `process ${worker.pid}${displayName(worker)}`),
     worker.error && el("pre", { tabindex: "0", "aria-label": "its last words" }, worker.error),
-    lesson.inactive_after != null && pulse(worker, lesson.inactive_after, late, database.state === "away"),
+    lesson.inactive_after != null &&
+      pulse(worker, lesson.inactive_after, late, database.state === "away"),
     worker.state !== "dead" && worker.slots && slots(worker.slots),
     (worker.state !== "dead" && worker.held ? worker.held : []).map(heldAt),
-    worker.state !== "dead" && buttons(worker, lesson),
+    worker.state !== "dead" && buttons(worker),
   );
 }
 
@@ -128,7 +129,7 @@ const PLACES = {
   end: "after the last step",
 };
 
-function buttons(worker, lesson) {
+function buttons(worker) {
   const body = { worker: worker.key };
   const button = (name, text, title, attributes) =>
     action(name, body, text, {
@@ -143,10 +144,9 @@ function buttons(worker, lesson) {
     "div",
     { class: "buttons" },
     button("kill", "Kill -9", "SIGKILL: it cannot even say goodbye", { class: "small danger" }),
-    lesson.abilities.includes("freeze") &&
-      (frozen
-        ? button("thaw", "Thaw", "SIGCONT: it goes on as if nothing had been")
-        : button("freeze", "Freeze", "SIGSTOP: as if a laptop's lid were closed")),
+    frozen
+      ? button("thaw", "Thaw", "SIGCONT: it goes on as if nothing had been")
+      : button("freeze", "Freeze", "SIGSTOP: as if a laptop's lid were closed"),
     !frozen && button("stop", "Stop", "SIGTERM: it is told to end"),
     button("cut_connections", "Cut connections", "Postgres ends all its sessions"),
   );
