@@ -30,6 +30,7 @@ class Page:
         self.states: list[dict[str, Any]] = []
         self.log: list[dict[str, Any]] = []
         threading.Thread(target=self.read, daemon=True).start()
+        self.until(lambda: self.states, "there is a state")
 
     def read(self) -> None:
         event = ""
@@ -47,18 +48,17 @@ class Page:
 
     @property
     def state(self) -> dict[str, Any]:
-        return self.states[-1] if self.states else {}
+        return self.states[-1]
 
     def worker(self, key: str) -> dict[str, Any]:
         """What the page says of a worker; empty if nothing."""
-        workers = self.state.get("workers", [])
-        return next((worker for worker in workers if worker["key"] == key), {})
+        return next((each for each in self.state["workers"] if each["key"] == key), {})
 
     def until(self, condition: Callable[[], Any], what: str) -> Any:
         """Wait until the page shows it."""
         deadline = time.monotonic() + DEADLINE
         while not (value := condition()):
-            assert time.monotonic() < deadline, f"waited in vain until {what}: {self.state}"
+            assert time.monotonic() < deadline, f"waited in vain until {what}: {self.states[-1:]}"
             time.sleep(0.02)
         return value
 

@@ -11,7 +11,6 @@ from programs import run_program
 from shared.diff import compare
 from shared.lessons import find_lesson
 
-
 SIDES = ["left", "right"]
 
 

@@ -225,7 +225,8 @@ class Hand:
         if result.returncode:
             lines = result.stderr.decode(errors="replace").strip().splitlines()
             raise LabError(lines[-1] if lines else f"{action} has failed.")
-        self.record.say(action, f"{action} of task {id}{what}", task=id)
+        at = float(result.stdout.split()[0])
+        self.record.say(action, f"{action} of task {id}{what}", task=id, at=at)
         self.touch()
 
     async def connect(self) -> Connection:

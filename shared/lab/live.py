@@ -67,6 +67,7 @@ class Live:
         self._prepared_for = -1  # so many workers have started since
         self._news = asyncio.Event()
         self._last_news = 0.0
+        self._times: dict[str, float] = {}  # of the engine, as the last worker has told them
         self._conn: Connection | None = None
         self._last: tuple[State, dict[int, State]] = ({}, {})
 
@@ -148,10 +149,11 @@ class Live:
     def _surroundings(self) -> State:
         """What the state says that is in no table."""
         workers = self.hand.processes.workers
-        facts = next((w.facts for w in reversed(workers) if w.is_alive), {})
-        times = {name: facts.get(name) for name in ("inactive_after", "heartbeat_interval")}
+        for worker in workers:
+            times = ("inactive_after", "heartbeat_interval")
+            self._times |= {name: worker.facts[name] for name in times if name in worker.facts}
         stillborn = workers[-1].error if workers and not workers[-1].is_alive else None
-        lesson = self.lesson.summary() | {k: v for k, v in times.items() if v is not None}
+        lesson = self.lesson.summary() | self._times
         database: State = {"state": "away" if self.away else "up", "embedded": self.hand.embedded}
         if self.away:
             database["error"] = self.away
