@@ -2,12 +2,14 @@
 
 python -m shared.lab.act LESSON ACTION JSON
 
-In a process of its own, so that the code is always the one that is on the disk.
+In a process of its own, so that the code is always the one that is on the disk. It prints when that
+was, as time.time() has it.
 """
 
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ async def act(path: Path, action: str, arguments: dict[str, Any]) -> None:
     sys.path.insert(0, str(path))
     queries = load_queries(path)
     async with open_pool(path) as pool:
+        print(time.time())  # what comes of it comes later
         try:
             if action == "signal":
                 signals: Any = importlib.import_module("signals")

@@ -14,7 +14,7 @@ import psycopg
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
-from shared.database import Connection, Queries, embedded, load_queries
+from shared.database import Connection, Queries, embedded, load_queries, without_password
 from shared.lab.errors import LabError
 from shared.lab.lesson import OpenLesson
 from shared.lab.processes import Processes
@@ -25,6 +25,7 @@ from shared.outages import one_line
 CONCURRENCY = 10
 DURABLE_CONCURRENCY = 20
 MOST_TASKS = 1000
+MOST_SLOTS = 1000
 ACT_TIMEOUT = 30.0  # seconds
 LOOK_INTERVAL = 0.05
 # What one can enqueue: the task's name, and what is special in its input.
@@ -35,6 +36,12 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "sleeper": ("process_order", {"sleep": 10}),
     "approval": ("process_order", {"approval": True}),
 }
+
+
+def check_number(name: str, value: Any, least: int, most: int) -> None:
+    """Raise LabError if this is no whole number between these two."""
+    if type(value) is not int or not least <= value <= most:
+        raise LabError(f"{name} must be a whole number from {least} to {most}.")
 
 
 class Hand:
@@ -67,6 +74,8 @@ class Hand:
     ) -> str:
         """Start a worker, wait until it works, and return its key."""
         slots = {"concurrency": concurrency, "durable_concurrency": durable_concurrency}
+        for name, number in slots.items():
+            check_number(name, number, 0, MOST_SLOTS)
         gates = sorted(self.processes.closed_gates)
         settings = Settings(functions=functions, slots=slots, constants=self.constants, gates=gates)
         worker = self.processes.start(settings)
@@ -150,8 +159,7 @@ class Hand:
         """Enqueue tasks of one kind, in one transaction; return their ids."""
         if kind not in self.lesson.kinds:
             raise LabError(f"Lesson {self.lesson.number} has no tasks of the kind {kind!r}.")
-        if not 1 <= count <= MOST_TASKS:
-            raise LabError(f"From 1 to {MOST_TASKS} tasks at a time.")
+        check_number("count", count, 1, MOST_TASKS)
         task_name, more = KINDS[kind]
         is_durable = task_name == "process_order" and "durable" in self.lesson.abilities
         seconds = 1.0 if count <= 10 else 0.1  # of a step
@@ -217,7 +225,8 @@ class Hand:
         if result.returncode:
             lines = result.stderr.decode(errors="replace").strip().splitlines()
             raise LabError(lines[-1] if lines else f"{action} has failed.")
-        self.record.say(action, f"{action} of task {id}{what}", task=id)
+        at = float(result.stdout.split()[0])
+        self.record.say(action, f"{action} of task {id}{what}", task=id, at=at)
         self.touch()
 
     async def connect(self) -> Connection:
@@ -225,7 +234,8 @@ class Hand:
         try:
             return await self.lesson.connect()
         except psycopg.Error as error:
-            raise LabError(f"The database is away: {one_line(error)}") from None
+            reason = without_password(one_line(error))
+            raise LabError(f"The database is away: {reason}") from None
 
     async def rows(self, statement: str, parameters: dict[str, Any] | None = None) -> list[Any]:
         """The rows of one statement, in which %(queue)s is the lab's queue."""

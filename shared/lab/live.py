@@ -67,7 +67,9 @@ class Live:
         self._prepared_for = -1  # so many workers have started since
         self._news = asyncio.Event()
         self._last_news = 0.0
+        self._times: dict[str, float] = {}  # of the engine, as the last worker has told them
         self._conn: Connection | None = None
+        self._last: tuple[State, dict[int, State]] = ({}, {})
 
     def begin(self, hand: Hand) -> None:
         """Say whose run this is."""
@@ -83,7 +85,7 @@ class Live:
         """Read and send, as long as there are tabs. Returns never."""
         while True:
             if self.tabs:
-                await self._send(await self._read())
+                await self._send(await self.read())
             await asyncio.sleep(INTERVAL)
             if not self.tabs:
                 await self._wait(KEEP_ALIVE)
@@ -97,15 +99,16 @@ class Live:
                 await self._news.wait()
         self._news.clear()
 
-    async def _read(self) -> tuple[State, dict[int, State]]:
-        """The state, and the tasks that the tabs look at; without the tables if they are away."""
+    async def read(self) -> tuple[State, dict[int, State]]:
+        """The state, and the tasks that the tabs look at; as they were, if they are away."""
         try:
             conn = await self._connection()
             base = await self.stage.read(conn)
             ids = {tab.chosen for tab in self.tabs if tab.chosen is not None}
-            chosen = {id: await self.stage.read_chosen(conn, id) for id in ids}
+            found = {id: await self.stage.read_chosen(conn, id) for id in ids}
             self.away = None
-            return base, {id: task for id, task in chosen.items() if task}
+            self._last = base, {id: task for id, task in found.items() if task}
+            return self._last
         except SystemExit as error:
             self.error = str(error)
         except psycopg.Error as error:
@@ -113,7 +116,9 @@ class Live:
                 self.away = without_password(one_line(error))
             self._prepared_for = -1  # the tables may be other ones
             await self.close()
-        return {"workers": [worker.view() for worker in self.hand.processes.shown()]}, {}
+        base, chosen = self._last
+        workers = [worker.view() for worker in self.hand.processes.shown()]
+        return base | {"workers": workers}, chosen
 
     async def _connection(self) -> Connection:
         """The connection for reading, when the lesson is in order."""
@@ -144,10 +149,11 @@ class Live:
     def _surroundings(self) -> State:
         """What the state says that is in no table."""
         workers = self.hand.processes.workers
-        facts = next((w.facts for w in reversed(workers) if w.is_alive), {})
-        times = {name: facts.get(name) for name in ("inactive_after", "heartbeat_interval")}
+        for worker in workers:
+            times = ("inactive_after", "heartbeat_interval")
+            self._times |= {name: worker.facts[name] for name in times if name in worker.facts}
         stillborn = workers[-1].error if workers and not workers[-1].is_alive else None
-        lesson = self.lesson.summary() | {k: v for k, v in times.items() if v is not None}
+        lesson = self.lesson.summary() | self._times
         database: State = {"state": "away" if self.away else "up", "embedded": self.hand.embedded}
         if self.away:
             database["error"] = self.away

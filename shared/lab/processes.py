@@ -41,12 +41,13 @@ class WorkerProcess:
         self.ordinal = ordinal
         self.key = key_of(ordinal)
         self.process = process
-        self.is_alive = self.is_frozen = self.is_stopping = self.is_killed = False
+        self.is_alive = self.is_frozen = self.is_stopping = False
+        self.killed_at: float | None = None
         self.exit: int | None = None
         self.since = time.time()
         self.facts: dict[str, Any] = {}  # display_name, id, slots, ...
         self.held: list[dict[str, Any]] = []
-        self.odd_lines: deque[str] = deque(maxlen=30)  # those that are not from its log
+        self.odd_lines: deque[str] = deque(maxlen=60)  # those that are not from its log
 
     @property
     def state(self) -> str:
@@ -61,7 +62,7 @@ class WorkerProcess:
     @property
     def error(self) -> str | None:
         """Why it has ended, if nobody wanted it to."""
-        if not self.exit or self.is_killed or self.is_stopping:
+        if not self.exit or self.killed_at or self.is_stopping:
             return None
         return "\n".join(self.odd_lines) or f"It ended with exit status {self.exit}."
 
@@ -142,7 +143,7 @@ class Processes:
 
     def kill(self, key: str) -> None:
         worker = self.get(key)
-        worker.is_killed = True
+        worker.killed_at = time.time()
         self.record.say("kill", f"killed worker {key}, process {worker.process.pid}", key)
         worker.process.kill()
         self.changed()
@@ -174,15 +175,17 @@ class Processes:
         self.look()
         running = [worker for worker in self.workers if worker.exit is None]
         for worker in running:
-            worker.is_killed = True
+            worker.killed_at = time.time()
             worker.process.kill()
         for worker in running:
             worker.process.wait()
         self.look()
 
     def clear(self) -> None:
-        """Forget those that have ended."""
+        """Forget those that have ended. When none is left, the names begin anew."""
         self.workers = [worker for worker in self.workers if worker.exit is None]
+        if not self.workers:
+            self._count = 0
         self.changed()
 
     def set_gates(self, closed: set[str]) -> None:
@@ -191,7 +194,7 @@ class Processes:
         order = json.dumps({"gates": sorted(closed)}).encode() + b"\n"
         for worker in self.workers:
             assert worker.process.stdin is not None
-            with suppress(OSError, ValueError):  # it has ended
+            with suppress(OSError, ValueError):  # it has ended, or we have seen that it has
                 worker.process.stdin.write(order)
                 worker.process.stdin.flush()
         self.changed()
@@ -216,10 +219,10 @@ class Processes:
                 assert worker.process.stdin is not None
                 with suppress(OSError):  # what was not written yet has no reader
                     worker.process.stdin.close()
-                if not worker.is_killed:
+                if worker.killed_at is None:
                     text = f"worker {worker.key} has ended, exit status {status}"
                     self.record.say("died", text, worker.key)
-                self.record.ended(worker.key, worker.is_killed)
+                self.record.ended(worker.key, worker.killed_at)
 
     def _mark(self, worker: WorkerProcess, **attributes: Any) -> None:
         for name, value in attributes.items():

@@ -72,6 +72,7 @@ async def lab(path: Path, port: int, with_browser: bool) -> None:
     live = Live(lesson)
     hand = Hand(lesson, live.touch)
     live.begin(hand)
+    await live.read()  # what the lesson has; if it is faulty, the page shows it
     token = secrets.token_urlsafe(24)
     app = Lab(hand, live, token, port).app
     server = Server(

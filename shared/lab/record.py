@@ -90,10 +90,17 @@ class Record:
     def last_number(self) -> int:
         return self._number
 
-    def say(self, what: str, text: str, worker: str | None = None, task: int | None = None) -> None:
-        """Note what the lab itself did, to a worker, to a task or to all."""
+    def say(
+        self,
+        what: str,
+        text: str,
+        worker: str | None = None,
+        task: int | None = None,
+        at: float | None = None,
+    ) -> None:
+        """Note what the lab itself did, to a worker, to a task or to all; by default just now."""
         tasks = {task} if task else {id for id, _ in self._running[worker]} if worker else None
-        self.moments.append(Moment(time.time(), what, text, worker, tasks))
+        self.moments.append(Moment(at or time.time(), what, text, worker, tasks))
         self._add({"worker": "lab", "level": "INFO", "text": text, "task": task})
 
     def hear(self, worker: str, line: str) -> None:
@@ -109,11 +116,11 @@ class Record:
             self._note(worker, task, attempt, about["what"])
         self._add(entry)
 
-    def ended(self, worker: str, was_killed: bool) -> None:
+    def ended(self, worker: str, killed_at: float | None) -> None:
         """Note that a worker's process has ended, and with it what ran in it."""
         for lane in self._running.pop(worker, {}).values():
-            lane.to = time.time()
-            lane.end = lane.end or ("killed" if was_killed else "worker ended")
+            lane.to = killed_at or time.time()
+            lane.end = lane.end or ("killed" if killed_at else "worker ended")
 
     def _add(self, entry: dict[str, Any]) -> None:
         self._number += 1

@@ -5,6 +5,7 @@ ask in a reader's name: the Host and, for actions, the Origin have to be the lab
 """
 
 import asyncio
+import inspect
 import json
 import secrets
 from collections.abc import Awaitable, Callable
@@ -26,9 +27,10 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from shared.database import without_password
 from shared.diff import compare
 from shared.lab.errors import LabError
-from shared.lab.hand import Hand
+from shared.lab.hand import CONCURRENCY, DURABLE_CONCURRENCY, Hand
 from shared.lab.live import Live
 from shared.lab.scenes import Player, available
 from shared.lessons import all_lessons, find_lesson
@@ -169,17 +171,21 @@ class Lab:
             if name not in self.actions:
                 raise LabError(f"There is no action {name}.")
             try:
-                result = await self.actions[name](**arguments)
-            except TypeError as error:  # of the arguments
-                raise LabError(f"{name}: {error}") from None
-            except psycopg.Error as error:
-                raise LabError(f"The database refuses: {one_line(error)}") from None
+                inspect.signature(self.actions[name]).bind(**arguments)
+            except TypeError as error:
+                raise LabError(f"{name}: {error}.") from None
+            result = await self.actions[name](**arguments)
         except LabError as error:
             return JSONResponse({"error": str(error)}, status_code=400, headers=HEADERS)
+        except psycopg.Error as error:
+            reason = f"The database refuses: {without_password(one_line(error))}"
+            return JSONResponse({"error": reason}, status_code=400, headers=HEADERS)
         return JSONResponse(result if isinstance(result, dict) else {}, headers=HEADERS)
 
-    async def start_worker(self, **slots: int) -> dict[str, str]:
-        return {"key": await self.hand.start_worker(None, **slots)}
+    async def start_worker(
+        self, concurrency: int = CONCURRENCY, durable_concurrency: int = DURABLE_CONCURRENCY
+    ) -> dict[str, str]:
+        return {"key": await self.hand.start_worker(None, concurrency, durable_concurrency)}
 
     async def enqueue(self, kind: str = "order", count: int = 1) -> dict[str, Any]:
         ids = await self.hand.enqueue(kind, count)
