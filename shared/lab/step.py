@@ -109,6 +109,16 @@ async def payments(lab: Hand, order: int) -> Rows:
     return Rows("the payments", [row["payment"] for row in rows])
 
 
+async def first_run(lab: Hand, worker: str) -> str:
+    """The name of the first task that a worker runs, by its log."""
+
+    def find() -> str | None:
+        lines = [line["text"] for line in lab.record.newer_than(0) if line["worker"] == worker]
+        return next((text.split()[-1] for text in lines if ": RUNNING " in text), None)
+
+    return str(await lab.wait_for(find, f"worker {worker} runs a task"))
+
+
 async def said(lab: Hand, worker: str, words: str, since: int) -> None:
     """Wait until a worker says something, in a line of the log after this number."""
 

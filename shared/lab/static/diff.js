@@ -70,7 +70,7 @@ function file({ name, state, rows }, number) {
   return el(
     "article",
     { id: `file-${number}` },
-    el("h3", {}, name, el("span", {}, state)),
+    el("h2", {}, name, el("span", {}, state)),
     el(
       "div",
       { class: `code ${isOne ? "one" : ""}`, tabindex: "0", role: "group", "aria-label": name },
