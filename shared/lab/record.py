@@ -119,8 +119,9 @@ class Record:
     def ended(self, worker: str, killed_at: float | None) -> None:
         """Note that a worker's process has ended, and with it what ran in it."""
         for lane in self._running.pop(worker, {}).values():
-            lane.to = killed_at or time.time()
-            lane.end = lane.end or ("killed" if killed_at else "worker ended")
+            if lane.end is None:
+                lane.to = killed_at or time.time()
+                lane.end = "killed" if killed_at else "worker ended"
 
     def _add(self, entry: dict[str, Any]) -> None:
         self._number += 1

@@ -111,15 +111,16 @@ function oneSide(row, side) {
 function half(line, side, kind) {
   if (!line) return [el("td", { class: "n absent" }), el("td", { class: "absent" })];
   const code = line.spans.map(([text, token, isMarked]) => {
-    const look = token ? token[0] : null; // k: keyword, s: string, c: comment, n: name, m: number
-    const content = isDefinition(token)
-      ? el("span", { class: "d" }, text)
-      : look && "kscm".includes(look)
-        ? el("span", { class: look }, text)
-        : text;
-    return isMarked ? el("mark", {}, content) : content;
+    // On the colour of a mark only ink can be read.
+    if (isMarked) return el("mark", {}, text);
+    const look = lookOf(token);
+    return look ? el("span", { class: look }, text) : text;
   });
   return [el("td", { class: "n" }, String(line.n)), el("td", { class: `${side}-${kind}` }, code)];
 }
 
-const isDefinition = (token) => ["nf", "nc", "fm"].includes(token);
+/** How a token looks: k keyword, s string, c comment, m number, d definition; most like text. */
+function lookOf(token) {
+  if (["nf", "nc", "fm"].includes(token)) return "d";
+  return token && "kscm".includes(token[0]) ? token[0] : null;
+}

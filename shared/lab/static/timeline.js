@@ -5,7 +5,7 @@ import { axis, hatch, kill, marks, status, textWidth } from "./marks.js";
 
 const LANES = 6; // so many attempts have a lane; of more, the last ones
 const BAR = 20;
-const LATE = 0.4; // seconds
+const LATE = 0.4; // seconds that the lab may hear of something later than it has happened
 const OPEN = ["QUEUED", "RUNNING", "SLEEPING", "SUSPENDED"];
 // What the lanes themselves show is not marked once more.
 const MARKED = [
@@ -182,7 +182,7 @@ function bar(lane, owned, place, y) {
     "g",
     { class: colour(lane.worker_key ?? "") },
     svg("title", {}, lane.text ?? `attempt ${lane.attempt}`),
-    end - middle > 3 && rect("lane past", middle, end),
+    (lane.to ?? place.now) - owned > LATE && rect("lane past", middle, end),
     rect("lane", x, middle),
     middle - x > 16 &&
       lane.worker_key &&
@@ -257,7 +257,6 @@ function child(event, child, chosen, place, y) {
 
 /** From the attempt that wrote the event down to the event's row. */
 function link(event, lanes, rowOf, place, y) {
-  // Lanes are by the clock of the lab, which hears of an attempt a moment after it has begun.
   const lane = lanes.findLast((one) => one.from <= event.at + LATE) ?? lanes[0];
   if (!lane || event.at < lane.from - LATE) return ["", ""];
   const x = Math.max(place.x(event.at), place.x(lane.from)).toFixed(1);
