@@ -81,7 +81,8 @@ class Performance:
         self.lab = lab
         self._steps = scene.play(lab)
         self._step: Step | None = None
-        self._given: str | None = None  # the reader's answer to the last question
+        self._asked: str | None = None  # the last question
+        self._given: str | None = None  # and the reader's answer
         self._error: str | None = None
         self._work: asyncio.Task[None] | None = None
 
@@ -97,7 +98,7 @@ class Performance:
             raise LabError("the scene is on its way to the next step")
         if self._step.choices and answer not in self._step.choices:
             raise LabError("the question wants one of its answers")
-        self._given = answer
+        self._asked, self._given = self._step.question, answer
         self._work = asyncio.create_task(self._advance(answer))
 
     async def end(self) -> None:
@@ -145,7 +146,12 @@ class Performance:
     def _answer(self, step: Step) -> dict[str, Any] | None:
         if step.right is None or self._work is not None:
             return None
-        return {"given": self._given, "right": step.right, "is_right": self._given == step.right}
+        return {
+            "asked": self._asked,
+            "given": self._given,
+            "right": step.right,
+            "is_right": self._given == step.right,
+        }
 
 
 class Player:

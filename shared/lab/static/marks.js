@@ -51,9 +51,8 @@ export function axis(place, bottom) {
 /** The moments: their names in as many levels as they need, and a line down from each. */
 export function marks(moments, place) {
   const ends = []; // where the last name of each level ends
-  const placed = moments.map((moment) => {
+  const placed = withoutRepetitions(moments).map(({ moment, text }) => {
     const x = place.x(moment.at);
-    const text = NAMES[moment.what]?.(moment.worker_key, moment.text) ?? moment.what;
     const width = textWidth(text) + 14;
     const isLeft = x + width > place.width; // its name stands left of its line
     const start = isLeft ? x - width : x;
@@ -96,6 +95,18 @@ export function marks(moments, place) {
         ),
       ),
   };
+}
+
+/** What has been said within the same second, of a task and its child, is said once. */
+function withoutRepetitions(moments) {
+  const named = moments.map((moment) => ({
+    moment,
+    text: NAMES[moment.what]?.(moment.worker_key, moment.text) ?? moment.what,
+  }));
+  return named.filter(({ moment, text }, number) => {
+    const same = named.slice(0, number).findLast((other) => other.text === text);
+    return !same || moment.at - same.moment.at > 1;
+  });
 }
 
 /** A cross: somebody's process ended here, and not by itself. */

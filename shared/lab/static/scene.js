@@ -44,10 +44,11 @@ function played(scene) {
   ].filter(Boolean);
 }
 
-function answer({ given, right, is_right: isRight }) {
+function answer({ asked, given, right, is_right: isRight }) {
   return el(
     "p",
     { class: "answer" },
+    el("span", { class: "quiet" }, `${asked} `),
     el(
       "span",
       { class: `verdict ${isRight ? "right" : "wrong"}` },
