@@ -16,7 +16,7 @@ def main() -> None:
         if chromium is None:
             raise SystemExit(browser.NONE)
         page = chromium.new_page(
-            viewport={"width": 1280, "height": 990}, device_scale_factor=2, color_scheme="light"
+            viewport={"width": 1280, "height": 800}, device_scale_factor=2, color_scheme="light"
         )
         page.goto(lab.url)
         page.get_by_role("button", name="Killed after the charge").click()

