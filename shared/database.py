@@ -59,11 +59,17 @@ def database_url() -> str:
 @cache
 def embedded_url() -> str:
     """Start the embedded Postgres in .postgres/ at the repository root, once per process."""
+    forget_other_servers()
+    return embedded().start()
+
+
+@cache
+def embedded() -> EmbeddedPostgres:
+    """The embedded Postgres of this process."""
     root = Path(__file__).resolve().parent.parent
     if not (root / "pyproject.toml").exists():
         root = Path.cwd()  # installed without the repository
-    forget_other_servers()
-    return EmbeddedPostgres(root / ".postgres").start()
+    return EmbeddedPostgres(root / ".postgres")
 
 
 class CancellablePool(AsyncConnectionPool[Connection]):

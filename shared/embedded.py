@@ -196,6 +196,14 @@ class EmbeddedPostgres:
         if socket_directory.name.startswith(SOCKET_PREFIX):
             shutil.rmtree(socket_directory, ignore_errors=True)
 
+    def restart(self) -> None:
+        """Stop the running server and start it at the same address, whoever uses it.
+
+        Raises OSError, or subprocess.SubprocessError, if it does not start.
+        """
+        with self.starting:
+            self.execute("pg_ctl", "restart", "-D", "data", "-l", LOG, "-m", "fast", *WAIT)
+
     def is_running(self) -> bool:
         """Whether a server runs on this directory. Its pid file may be left from a crash."""
         try:

@@ -1,0 +1,370 @@
+"""The lab's server, its workers, and its safety. The page itself: test_lab_page.py."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from lab_process import DEADLINE, LabProcess, Page, Refused, open_lab
+from lesson_loader import LESSONS, Lesson
+from programs import run_program
+from shared.embedded import EmbeddedPostgres
+from shared.lessons import find_lesson
+
+LATEST = max(LESSONS.glob("[0-9][0-9]-*"))
+
+
+@pytest.fixture
+def lab(database: str) -> Iterator[LabProcess]:
+    """The lab on lesson 07."""
+    with open_lab("07") as lab:
+        yield lab
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A reader's copy of lesson 07."""
+    path = tmp_path / "07-mine"
+    shutil.copytree(find_lesson("07"), path, ignore=shutil.ignore_patterns("__pycache__"))
+    return path
+
+
+def is_running(pid: int) -> bool:
+    with_status = psutil.pid_exists(pid) and psutil.Process(pid).status()
+    return with_status not in (False, psutil.STATUS_ZOMBIE)
+
+
+def start_order(lab: LabProcess, kind: str = "order") -> tuple[int, Page]:
+    """Enqueue an order; its id, and a page that shows it."""
+    id = lab.do("enqueue", kind=kind)["first"]
+    return id, lab.open_page(id)
+
+
+def is_finished(page: Page, status: str = "COMPLETED") -> bool:
+    chosen = page.state.get("chosen") or {"task": {"status": None}}
+    return bool(chosen["task"]["status"] == status)
+
+
+def ends(lanes: list[dict[str, Any]]) -> list[str | None]:
+    return [lane.get("end") for lane in lanes]
+
+
+@pytest.mark.since(2)
+@pytest.mark.only(2, 3, 4, 6, 7, int(LATEST.name[:2]))
+def test_every_lesson_runs_and_shows_what_it_has(lesson: Lesson, database: str) -> None:
+    with open_lab(lesson.path) as lab:
+        assert lab.do("start_worker") == {"key": "A"}
+        id, page = start_order(lab)
+        page.until(lambda: is_finished(page), "the order is completed")
+        state = page.state
+        assert ends(state["chosen"]["lanes"]) == ["COMPLETED"]
+        assert state["chosen"]["lanes"][0]["worker_key"] == "A"
+        assert state["tasks"][0]["id"] == id
+        assert ("payments" in state["chosen"]) == (lesson.number >= 4)
+        assert all(len(p) >= 1 for p in [state["chosen"].get("payments", [1])])
+        assert len(state["chosen"]["events"]) == (2 if lesson.number >= 5 else 0)
+        assert len(state["chosen"]["children"]) == (2 if lesson.number >= 7 else 0)
+        assert ("slots" in page.worker("A")) == (lesson.number >= 3)
+        if lesson.number >= 4:
+            assert page.worker("A")["heartbeat_age"] < DEADLINE
+            assert state["lesson"]["inactive_after"] == 1.0
+        assert state["queue"]["COMPLETED"] == (3 if lesson.number >= 7 else 1)
+        assert "RUNNING process_order" in [line.get("what") for line in page.log]
+
+
+def test_a_killed_worker_and_who_takes_over(lab: LabProcess) -> None:
+    lab.do("start_worker", concurrency=0)  # it has the order, and not its steps
+    page = start_order(lab)[1]
+    page.until(lambda: page.state["queue"]["QUEUED"] == 1, "the charge waits")
+    pid = page.worker("A")["pid"]
+    assert is_running(pid)
+
+    lab.do("kill", worker="A")
+    assert not is_running(pid)
+    page.until(lambda: page.worker("A")["state"] == "dead", "the page shows that it is dead")
+    assert page.worker("A")["exit"] == -signal.SIGKILL
+    assert "error" not in page.worker("A")
+    lab.do("start_worker")
+    page.until(lambda: is_finished(page), "the order is completed")
+
+    chosen = page.state["chosen"]
+    assert ends(chosen["lanes"]) == ["killed", "COMPLETED"]
+    assert [lane["worker_key"] for lane in chosen["lanes"]] == ["A", "B"]
+    assert [lane["worker_key"] for child in chosen["children"] for lane in child["lanes"]] == [
+        *"BB"
+    ]
+    whats = [moment["what"] for moment in chosen["moments"]]
+    assert whats.index("kill") < whats.index("requeued")
+    with pytest.raises(Refused, match="has ended already"):
+        lab.do("kill", worker="A")
+    lab.do("clear")
+    page.until(lambda: not page.worker("A"), "its card is gone")
+
+
+def test_a_frozen_worker_is_fenced_off_when_it_comes_back(lab: LabProcess) -> None:
+    lab.do("start_worker", concurrency=0)
+    page = start_order(lab)[1]
+    page.until(lambda: page.state["queue"]["QUEUED"] == 1, "the charge waits")
+    lab.do("freeze", worker="A")
+    page.until(lambda: page.worker("A")["state"] == "frozen", "it is frozen")
+    assert psutil.Process(page.worker("A")["pid"]).status() == psutil.STATUS_STOPPED
+    lab.do("start_worker")
+    page.until(lambda: is_finished(page), "the order is completed")
+    assert ends(page.state["chosen"]["lanes"]) == ["requeued", "COMPLETED"]
+
+    lab.do("thaw", worker="A")
+    lanes = ["fenced off", "COMPLETED"]
+    page.until(lambda: ends(page.state["chosen"]["lanes"]) == lanes, "it is fenced off")
+    assert page.worker("A")["state"] == "alive"
+    assert len(page.state["chosen"]["payments"]) == 1
+
+
+def test_sigterm_and_cut_connections(database: str) -> None:
+    with open_lab(LATEST) as lab:
+        lab.do("start_worker")
+        page = lab.open_page()
+        lab.do("cut_connections", worker="A")
+        page.until(lambda: [x for x in page.log if x["level"] == "WARNING"], "it notices")
+        order = start_order(lab)[1]
+        order.until(lambda: is_finished(order), "the worker has survived that")
+        lab.do("stop", worker="A")
+        page.until(lambda: page.worker("A")["state"] == "dead", "it has stopped")
+        assert page.worker("A")["exit"] == 0
+
+
+def test_retry_replay_and_signal(database: str) -> None:
+    with open_lab(LATEST) as lab:
+        lab.do("start_worker")
+        id, page = start_order(lab, "failing_order")
+        page.until(lambda: is_finished(page, "FAILED"), "the order has failed")
+        lab.do("retry", task=id)
+        page.until(lambda: is_finished(page), "the order is completed")
+        assert len(page.state["chosen"]["payments"]) == 1
+        with pytest.raises(Refused, match=f"task {id} is COMPLETED, not FAILED"):
+            lab.do("retry", task=id)
+        lab.do("replay", task=id)
+        page.until(lambda: len(page.state["chosen"]["payments"]) == 2, "it is charged again")
+
+        id, page = start_order(lab, "approval")
+        page.until(lambda: len(page.state["chosen"]["events"]) == 2, "it waits")
+        lab.do("signal", task=id, name="approval", payload={"by": "Ann"})
+        page.until(lambda: is_finished(page), "the order is completed")
+        assert page.state["chosen"]["task"]["output"]["approval"] == {"by": "Ann"}
+        (sent,) = page.state["chosen"]["signals"]
+        assert sent["received_by"] == page.state["chosen"]["events"][1]["child"]
+
+
+def test_two_pages_a_thousand_orders_and_one_that_comes_again(lab: LabProcess) -> None:
+    first, second = lab.open_page(), lab.open_page()
+    lab.do("enqueue", count=1000)
+    first.until(lambda: first.state["queue"]["QUEUED"] == 1000, "all are shown")
+    second.until(lambda: second.state["queue"]["QUEUED"] == 1000, "on both pages")
+    assert len(first.state["tasks"]) == 30
+    lab.do("start_worker")
+    first.until(lambda: first.state["queue"]["COMPLETED"] > 100, "they run")
+    seen = first.log[-1]["n"]
+    again = lab.request("/api/stream", x_lab_token=lab.token, last_event_id=str(seen))
+    page = Page(again)
+    page.until(lambda: page.log, "it gets the log")
+    assert page.log[0]["n"] > seen
+    assert page.state["workers"]
+
+
+def test_only_who_knows_the_token_gets_in(lab: LabProcess) -> None:
+    host, port = lab.address.removeprefix("http://").split(":")
+    assert host == "127.0.0.1"
+    listening = psutil.Process(lab.process.pid).net_connections()
+    addresses = {c.laddr for c in listening if c.status == psutil.CONN_LISTEN}
+    assert {(a.ip, a.port) for a in addresses} == {("127.0.0.1", int(port))}
+
+    right = {"x_lab_token": lab.token, "origin": lab.address}
+    wrong: list[tuple[str, bytes | None, dict[str, str]]] = [
+        ("/", None, {}),
+        ("/?token=no", None, {}),
+        ("/static/index.html", None, {}),
+        ("/api/stream", None, {"x_lab_token": "no"}),
+        (f"/api/stream?token={lab.token}", None, {}),  # it is for the page alone
+        ("/", None, right | {"host": f"example.org:{port}"}),
+        ("/", None, right | {"host": f"127.0.0.1:{int(port) + 1}"}),
+        ("/api/enqueue", b"{}", right | {"origin": "http://example.org"}),
+        ("/api/enqueue", b"{}", right | {"origin": "null"}),
+        ("/api/enqueue", b"{}", {"x_lab_token": lab.token}),
+        ("/api/enqueue", b"{}", {"origin": lab.address}),
+    ]
+    for path, data, headers in wrong:
+        with pytest.raises(Refused, match="403"):
+            lab.request(path, data, **headers)
+    page = lab.open_page()
+    assert sum(page.state["queue"].values()) == 0
+
+    with lab.request(f"/?token={lab.token}") as response:
+        cookie = response.headers["set-cookie"]
+        assert "httponly" in cookie.lower()
+        assert "samesite=strict" in cookie.lower()
+        assert "default-src 'self'" in response.headers["content-security-policy"]
+    with lab.request("/", cookie=cookie.split(";")[0]) as response:
+        assert response.status == 200
+
+
+def test_it_signals_nobody_but_its_workers(lab: LabProcess) -> None:
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        for name in (stranger.pid, str(stranger.pid), "A", None):
+            for action in ("kill", "freeze", "thaw", "stop", "cut_connections"):
+                with pytest.raises(Refused, match="There is no worker"):
+                    lab.do(action, worker=name)
+        assert psutil.Process(stranger.pid).status() != psutil.STATUS_STOPPED
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+REFUSALS: list[tuple[str, dict[str, Any], str]] = [
+    ("explode", {}, "There is no action explode"),
+    ("enqueue", {"count": 1001}, "count must be a whole number from 1 to 1000"),
+    ("enqueue", {"count": "many"}, "count must be a whole number"),
+    ("enqueue", {"kind": "approval"}, "has no tasks of the kind 'approval'"),
+    ("enqueue", {"kid": "order"}, "unexpected keyword argument 'kid'"),
+    ("start_worker", {"concurrency": -1}, "concurrency must be a whole number"),
+    ("signal", {"task": 1, "name": "x"}, "has no signal yet"),
+    ("restart_postgres", {}, "not ours to restart"),
+    ("retry", {"task": 999}, "there is no task 999"),
+]
+
+
+def test_what_cannot_be_done_is_said_in_one_line(lab: LabProcess) -> None:
+    for action, arguments, reason in REFUSALS:
+        with pytest.raises(Refused, match=reason) as caught:
+            lab.do(action, **arguments)
+        status, text = caught.value.args
+        assert status == 400
+        assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"])
+def test_whatever_ends_the_lab_ends_its_workers(lab: LabProcess, how: str) -> None:
+    for _ in range(2):
+        lab.do("start_worker")
+    page = lab.open_page()
+    pids = [page.worker(key)["pid"] for key in "AB"]
+    lab.do("freeze", worker="A")  # it cannot notice anything
+    lab.process.send_signal(getattr(signal, how))
+    assert lab.process.wait(DEADLINE) == (-signal.SIGKILL if how == "SIGKILL" else 0)
+    deadline = time.monotonic() + DEADLINE
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline, "a worker has outlived the lab"
+        time.sleep(0.02)
+
+
+def test_a_faulty_module_is_shown_and_can_be_mended(copy: Path, database: str) -> None:
+    module = copy / "worker.py"
+    text = module.read_text(encoding="utf-8")
+    module.write_text(text.replace("class Worker:", "class Worker"), encoding="utf-8")
+    with open_lab(copy) as lab:
+        page = lab.open_page()
+        page.until(lambda: page.state["lesson"]["error"], "the error is shown")
+        assert "worker.py: expected ':'" in page.state["lesson"]["error"]
+        with pytest.raises(Refused, match="Worker A has not started: SyntaxError: expected ':'"):
+            lab.do("start_worker")
+        page.until(lambda: page.worker("A").get("error"), "and what the worker said of it")
+        assert "Traceback" in page.worker("A")["error"]
+
+        module.write_text(text, encoding="utf-8")
+        lab.do("start_worker")
+        page.until(lambda: not page.state["lesson"]["error"], "the error is gone")
+        order = start_order(lab)[1]
+        order.until(lambda: is_finished(order), "the order is completed")
+
+
+def test_a_faulty_schema_is_shown_and_can_be_mended(copy: Path, database: str) -> None:
+    schema = copy / "schema.sql"
+    text = schema.read_text(encoding="utf-8")
+    schema.write_text(text.replace("CREATE TABLE", "CREATE TABEL", 1), encoding="utf-8")
+    with open_lab(copy) as lab:
+        page = lab.open_page()
+        page.until(lambda: page.state["lesson"]["error"], "the error is shown")
+        assert "schema.sql, line" in page.state["lesson"]["error"]
+        schema.write_text(text, encoding="utf-8")
+        page.until(lambda: not page.state["lesson"]["error"], "the error is gone")
+        assert "QUEUED" in page.state["queue"]
+
+        # A schema that changes while the lab is open: the tables are made anew with the worker.
+        new = text.replace(
+            "CREATE TABLE payments", "CREATE TABLE others (id INT);\nCREATE TABLE payments"
+        )
+        schema.write_text(new, encoding="utf-8")
+        lab.do("start_worker")
+        order = start_order(lab)[1]
+        order.until(lambda: is_finished(order), "the order is completed")
+
+
+def test_a_restart_of_the_embedded_postgres(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    code = f"""
+        import sys
+        from functools import cache
+        from pathlib import Path
+        import shared.database
+        from shared.embedded import EmbeddedPostgres
+        shared.database.embedded = cache(lambda: EmbeddedPostgres(Path({str(directory)!r})))
+        from shared.__main__ import main
+        main(sys.argv[1:])
+    """
+    with open_lab(find_lesson("08"), code=textwrap.dedent(code)) as lab:
+        lab.do("start_worker")
+        page = lab.open_page()
+        before = EmbeddedPostgres(directory).pid_file_lines()[0]
+        lab.do("restart_postgres")
+        assert EmbeddedPostgres(directory).pid_file_lines()[0] != before
+        assert page.state["database"]["embedded"]
+        order = start_order(lab)[1]
+        order.until(lambda: is_finished(order), "the worker goes on")
+        assert order.state["database"]["state"] == "up"
+
+
+def test_a_restarted_server_has_the_same_address(own_server: EmbeddedPostgres) -> None:
+    before = own_server.url()
+    pid = own_server.pid_file_lines()[0]
+    own_server.restart()
+    assert own_server.url() == before
+    assert own_server.pid_file_lines()[0] != pid
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["01"], "The lab shows lessons from 02 on: lesson 01 has no workers yet."),
+        (["99"], f"There is no lesson 99; the last one is {LATEST.name[:2]}."),
+        (["no-such"], "There is no directory no-such."),
+        (["07", "--port", "99999999"], "Cannot listen on port 99999999"),
+    ],
+)
+def test_a_wrong_call_is_one_line(database: str, arguments: list[str], line: str) -> None:
+    code = "from shared.__main__ import main; main(['lab', '--no-browser', *sys.argv[1:]])"
+    assert line in run_program(code, *arguments).sole_error_line()
+
+
+def test_without_the_extra_it_says_how_to_install_it() -> None:
+    code = "sys.modules['uvicorn'] = None; from shared.__main__ import main; main(['lab'])"
+    line = run_program(code).sole_error_line()
+    assert line.startswith("The lab needs uvicorn.")
+    assert "'.[lab]'" in line
+
+
+def test_a_port_that_is_taken_is_one_line(lab: LabProcess) -> None:
+    port = lab.address.rpartition(":")[2]
+    code = "from shared.__main__ import main; main(['lab', '--no-browser', '--port', sys.argv[1]])"
+    line = run_program(code, port, database_url=os.environ["DATABASE_URL"]).sole_error_line()
+    assert f"Cannot listen on port {port}" in line
