@@ -10,6 +10,7 @@ from typing import Any
 import psycopg
 
 from shared.database import Connection, without_password
+from shared.errors import error_text
 from shared.lab.hand import Hand
 from shared.lab.lesson import OpenLesson
 from shared.lab.stage import Stage
@@ -114,8 +115,12 @@ class Live:
         except psycopg.Error as error:
             if is_away(error):
                 self.away = without_password(one_line(error))
-            self._prepared_for = -1  # the tables may be other ones
+            else:
+                self.error = f"The tables are not as they were: {one_line(error)}"
+            self._prepared_for = -1
             await self.close()
+        except Exception as error:  # of whatever a reader has made of the lesson
+            self.error = error_text(error)
         base, chosen = self._last
         workers = [worker.view() for worker in self.hand.processes.shown()]
         return base | {"workers": workers}, chosen
