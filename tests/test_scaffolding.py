@@ -8,10 +8,11 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import psycopg
 import pytest
 
 from lesson_loader import Lesson, load_modules
-from server import choose_server
+from server import Databases, choose_server
 
 TESTS = Path(__file__).parent
 
@@ -77,6 +78,40 @@ def run_one_test(*wrapper: str, docker: str) -> subprocess.CompletedProcess[str]
         capture_output=True,
         text=True,
     )
+
+
+def test_a_database_is_emptied_for_the_next_test(server_url: str) -> None:
+    databases = Databases(server_url)
+    with databases.created:
+        with databases.lend() as url:
+            session = psycopg.connect(url, autocommit=True)
+            session.execute("CREATE SCHEMA lesson_02 CREATE TABLE tasks (id INT)")
+        with databases.lend() as again, psycopg.connect(again) as conn:
+            assert again == url
+            schemas = conn.execute("SELECT FROM pg_namespace WHERE nspname = 'lesson_02'")
+            assert not schemas.fetchall()
+        with pytest.raises(psycopg.OperationalError):
+            session.execute("SELECT 1")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE TABLE notes (note TEXT)",
+        "CREATE FUNCTION one() RETURNS INT LANGUAGE sql AS 'SELECT 1'",
+        "DO $$ BEGIN EXECUTE format("
+        "'ALTER DATABASE %I SET default_transaction_read_only = on', current_database()); END $$",
+    ],
+)
+def test_a_database_that_is_not_as_good_as_new_is_not_lent_again(
+    server_url: str, statement: str
+) -> None:
+    databases = Databases(server_url)
+    with databases.created:
+        with databases.lend() as url, psycopg.connect(url, autocommit=True) as conn:
+            conn.execute(statement.encode())
+        with databases.lend() as another:
+            assert another != url
 
 
 def make_lesson(parent: Path, name: str) -> Path:
