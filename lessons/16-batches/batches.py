@@ -10,7 +10,6 @@ from shared.jsonb import dumps
 
 MAX_ROWS = 100  # of one statement
 MAX_CHARACTERS = 1_000_000  # of one statement, unless its first row has more
-
 Row = dict[str, Any]
 Answer = asyncio.Future[Row | None]
 
@@ -31,11 +30,12 @@ class Batches:
         """Have a row on this attempt sent with the next statement; await what comes back for it.
 
         None if nothing does, an error if this row is at fault. If the answer is cancelled before,
-        the row is left out. Raises what is wrong with what is not JSON.
+        the row is left out. Raises what is wrong with a value that is not JSON.
         """
         owner = {"id": task.id, "worker_id": str(task.worker_id), "attempt": task.attempt}
+        row = ", ".join(f'"{name}": {dumps(value)}' for name, value in (owner | columns).items())
         answer: Answer = asyncio.get_running_loop().create_future()
-        self._waiting.append((dumps(owner | columns), answer))
+        self._waiting.append((f"{{{row}}}", answer))
         self._news.set()
         return answer
 
