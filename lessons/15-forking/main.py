@@ -297,7 +297,7 @@ async def outcomes(demo: Demo, how: str, start: float) -> dict[str, Any]:
     seconds = time.monotonic() - start
     async with demo.pool.connection() as conn:
         row = await demo.queries.count_transactions(conn, queue=demo.queue)
-    return {"written": how, **row, "seconds": f"{seconds:.2f}"}
+    return {"written": how, **row, "time": f"{seconds:.2f} s"}
 
 
 async def breaks(demo: Demo) -> None:

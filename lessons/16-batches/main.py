@@ -1,10 +1,10 @@
-"""Lesson 16: something outside can finish a wait.
+"""Lesson 16: say more at once.
 
-python main.py            an approval is sent before its order waits, after that, twice, and never
+python main.py            outcomes one by one, and 5,000 in batches; one bad output among 100
 python main.py --crash    two worker processes, of which one is killed after the charge
 python main.py --retry    an order fails, is mended, and goes on where it failed
 python main.py --replay   an order is completed, and then processed anew
-python main.py --breaks   an order is processed but for a wrong email, and all there is is a replay
+python main.py --fork     an order sends a wrong email, and goes back to that step
 """
 
 import argparse
@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -24,13 +24,12 @@ from uuid import uuid4
 from psycopg.conninfo import make_conninfo
 from psycopg.types.json import Jsonb
 
+import batches
 from durable_context import DurableContext
-from errors import SignalTimeoutError
-from models import DurableEvent, Task
-from rerun import replay_task, retry_task
+from models import Task
+from rerun import fork_task, replay_task, retry_task
 from shared import Pool, Queries, database_url, load_queries, open_pool, run
 from shared.demo import show, wait_until
-from signals import send_signal
 from worker import Worker, current_task
 
 LESSON = Path(__file__).parent
@@ -50,7 +49,7 @@ class Shop:
         self.pool = pool  # not the worker's: whatever a function does to a connection stays here
         self.queries = queries
         self.mail_server_is_up = True
-        self.news = "is confirmed"
+        self.news = "confirmed"
 
     async def charge_payment(self, input: Any) -> Any:
         key = current_task.get().id  # the same in every attempt: nobody is charged twice
@@ -66,8 +65,8 @@ class Shop:
         if not self.mail_server_is_up:
             raise ConnectionError("the mail server is down")
         await asyncio.sleep(1)
-        print(f"email: {input['order_id']} {self.news}", flush=True)
-        return "sent"
+        print(f"email: {input['order_id']} is {self.news}", flush=True)
+        return self.news
 
     async def pack_parcel(self, input: Any) -> Any:
         await asyncio.sleep(input["seconds"])
@@ -167,12 +166,13 @@ class Demo:
 
     async def show(self, order: Task) -> None:
         async with self.pool.connection() as conn:
-            rows = self.queries.get_events(conn, task_id=order.id)
-            events = [DurableEvent(**row) async for row in rows]
-            ids = [order.id, *(event.child_task_id for event in events)]
+            rows = self.queries.get_branches(conn, task_id=order.id)
+            branches = [row async for row in rows]
+            ids = [order.id, *sorted({row["child_task_id"] for row in branches})]
             tasks = [Task(**await self.queries.get_task(conn, id=id)) for id in ids]
         show("the order and its child tasks:", tasks, "id task_name status attempt output")
-        show("the event log of the order:", events, "task_id event_id kind child_task_id")
+        columns = "branch_id output event_id child_task_id task_name"
+        show("the branches of its log, and what they led to:", branches, columns)
         show("the charges made:", await self.payments(order), "idempotency_key order_id amount")
 
 
@@ -238,44 +238,22 @@ async def replay(demo: Demo) -> None:
         await replay_task(demo.pool, demo.queries, order.id)
         await demo.wait_for(order, "COMPLETED")
     await demo.show(order)
-    print("two charges: the log was deleted, so every step was run again as a new child task")
+    print("two charges: branch 2 shares no event, so every step was run again as a new child task")
 
 
-async def ask_for_approval(context: DurableContext, input: Any) -> Any:
-    """An order that somebody has to approve before it is charged, which may take days."""
-    try:
-        approval = await context.wait_for_signal("approval", timeout=timedelta(days=3))
-    except SignalTimeoutError:
-        return "cancelled: nobody has answered"
-    await context.run_task("charge_payment", input)
-    return f"approved by {approval['by']}"
-
-
-async def enqueue_orders(demo: Demo, number: int) -> list[Task]:
-    """In one transaction. The first of them is approved in it, too: no worker can be earlier."""
-    orders = []
-    async with demo.pool.connection() as conn, conn.transaction():
-        for _ in range(number):
-            row = await demo.queries.create_task(
-                conn,
-                queue=demo.queue,
-                task_name="ask_for_approval",
-                input=Jsonb({"order_id": f"order-{uuid4().hex[:8]}", "amount": 42}),
-                max_retries=0,
-                timeout=None,
-                schedule_timeout=None,
-                priority=1,
-                is_durable=True,
-            )
-            orders.append(Task(**row))
-        await send_signal(conn, demo.queries, orders[0].id, "approval", {"by": "Ann"})
-    return orders
-
-
-async def approve(demo: Demo, order: Task, by: str, idempotency_key: str | None = None) -> None:
-    """What somebody's click in a browser ends up as."""
-    async with demo.pool.connection() as conn:
-        await send_signal(conn, demo.queries, order.id, "approval", {"by": by}, idempotency_key)
+async def fork(demo: Demo) -> None:
+    """Complete an order with a wrong email, and go back to the event that sent it."""
+    order = await demo.enqueue_order()
+    async with demo.working():
+        demo.shop.news = "sold out"  # which is not true
+        await demo.wait_for(order, "COMPLETED")
+        demo.shop.news = "confirmed"
+        await demo.show(order)
+        print("\nthe email was wrong: fork_task at event 2", flush=True)
+        await fork_task(demo.pool, demo.queries, order.id, from_event=2)
+        await demo.wait_for(order, "COMPLETED")
+    await demo.show(order)
+    print("one charge and two emails: event 1 is shared, and each branch has an event 2")
 
 
 async def counts(demo: Demo) -> list[dict[str, Any]]:
@@ -284,94 +262,91 @@ async def counts(demo: Demo) -> list[dict[str, Any]]:
         return [row async for row in demo.queries.count_tasks(conn, queue=demo.queue)]
 
 
-async def wait_for_count(demo: Demo, task_name: str, status: str, number: int) -> None:
-    """Wait until so many tasks of that name have that status."""
-    row = {"task_name": task_name, "status": status, "tasks": number}
-
-    async def is_true() -> bool:
-        return row in await counts(demo)
-
-    await wait_until(is_true, f"{number} tasks {task_name} are {status}", seconds=60)
+async def nothing(input: Any) -> None:
+    """A task that takes no time but the engine's."""
 
 
-async def approvals(demo: Demo) -> None:
-    """Send an approval before its order waits, after that, twice, and never."""
-    logging.getLogger("worker").setLevel(logging.WARNING)  # else it says hundreds of lines
-    demo.worker.register("ask_for_approval", ask_for_approval)
+def one_is_bad(number: int) -> Callable[[Any], Coroutine[Any, Any, str]]:
+    """A function whose runs, so many, end at the same moment. One output is nothing for jsonb."""
+    all_run = asyncio.Barrier(number)
 
-    orders = await enqueue_orders(demo, 103)
-    async with demo.working():
-        await demo.wait_for(orders[0], "COMPLETED")
-        await wait_for_count(demo, "ask_for_approval", "SUSPENDED", 102)
-        show("who waits:", await counts(demo))
-        for is_durable, slots in demo.worker.slots.items():
-            kind = "durable" if is_durable else "plain"
-            print(f"{kind} slots taken: {slots.limit - slots.free} of {slots.limit}", flush=True)
-        await approve(demo, orders[1], "Bob")
-        for _ in range(2):  # somebody clicks twice
-            await approve(demo, orders[2], "Cem", idempotency_key="the form of Monday")
-        for order in orders[1:3]:
-            await demo.wait_for(order, "COMPLETED")
-        async with demo.pool.connection() as conn:
-            await demo.queries.end_sleeps(conn, queue=demo.queue)
-        print("3 days pass: wake_at is set to now", flush=True)
-        await demo.wait_until(all_finished, "all orders are processed")
-    await show_approvals(demo, orders)
+    async def bad_or_fine(input: Any) -> str:
+        await all_run.wait()
+        return "bad \0" if input == number // 2 else "fine"
+
+    return bad_or_fine
 
 
-async def show_approvals(demo: Demo, orders: list[Task]) -> None:
-    sent = ["before", "after", "twice", "never"]
-    ends = {task.id: task for task in await demo.tasks()}
-    rows = [
-        {
-            "sent": how,
-            "id": order.id,
-            "output": ends[order.id].output,
-            "charges": len(await demo.payments(order)),
-        }
-        for how, order in zip(sent, orders, strict=False)
-    ]
-    show("four of the orders:", rows)
+async def process(
+    demo: Demo, number: int, function: Callable[[Any], Coroutine[Any, Any, Any]], max_rows: int
+) -> tuple[Demo, dict[str, Any]]:
+    """Run so many tasks in a queue of their own. Returns what it took to write their outcomes."""
+    batches.MAX_ROWS = max_rows
+    name = function.__name__
+    demo = Demo(demo.pool, demo.shop, demo.queries, f"{demo.queue}-{name}-{max_rows}")
+    demo.worker.register(name, function)
+    start = time.monotonic()
     async with demo.pool.connection() as conn:
-        signals = [row async for row in demo.queries.get_signals(conn, queue=demo.queue)]
-    show("the signals:", signals, "task_id name payload idempotency_key received_by_event")
-    outputs = [ends[order.id].output for order in orders]
-    print(f"cancelled, as nobody has answered: {sum('nobody' in each for each in outputs)}")
+        rows = demo.queries.create_tasks(
+            conn,
+            queue=demo.queue,
+            task_name=name,
+            inputs=Jsonb(list(range(number))),
+            max_retries=0,
+            timeout=None,
+            schedule_timeout=None,
+            priority=1,
+            is_durable=False,
+        )
+        assert len([row async for row in rows]) == number
 
+    async def is_done() -> bool:
+        return all(row["status"] in ("COMPLETED", "FAILED") for row in await counts(demo))
 
-async def breaks(demo: Demo) -> None:
-    """Complete an order with a wrong email, and try to send the right one."""
-    order = await demo.enqueue_order()
     async with demo.working():
-        demo.shop.news = "is out of stock"  # which is not true
-        await demo.wait_for(order, "COMPLETED")
-        demo.shop.news = "is confirmed"
-        print("\nthe email was wrong: retry_task", flush=True)
-        try:
-            await retry_task(demo.pool, demo.queries, order.id)
-        except ValueError as error:
-            print(error, flush=True)
-        print("replay_task", flush=True)
-        await replay_task(demo.pool, demo.queries, order.id)
-        await demo.wait_for(order, "COMPLETED")
-    await demo.show(order)
-    print("the customer has the right email, and was charged twice")
+        await wait_until(is_done, f"{number} tasks have finished", seconds=60)
+    seconds = time.monotonic() - start
+    async with demo.pool.connection() as conn:
+        written = await demo.queries.count_transactions(conn, queue=demo.queue)
+    time_a_task = f"{1000 * seconds / number:.2f} ms"
+    return demo, {"MAX_ROWS": max_rows, **written, "time a task": time_a_task}
 
 
-async def work(functions: tuple[Any, ...]) -> None:
+async def one_by_one_and_in_batches(demo: Demo) -> None:
+    """Write outcomes one by one and in batches, and then 100 of which one is bad."""
+    logging.getLogger("worker").setLevel(logging.WARNING)  # else it says 20,000 lines
+    together = batches.MAX_ROWS
+    runs = [(500, 1), (5000, together)]  # 5,000 one by one would take too long for a demo
+    took = [(await process(demo, number, nothing, max_rows))[1] for number, max_rows in runs]
+    show("tasks that do nothing, and the transactions that wrote their outcomes:", took)
+
+    demo, took_bad = await process(demo, 100, one_is_bad(100), together)
+    show("100 tasks that end at the same moment, and one has a bad output:", await counts(demo))
+    print(f"transactions that wrote them: {took_bad['transactions']}", flush=True)
+    (failed,) = [task for task in await demo.tasks() if task.status == "FAILED"]
+    print(f"the one with input {failed.input}: {failed.output['error'].splitlines()[0]}")
+
+
+async def work(functions: tuple[Any, ...], fork: Sequence[int]) -> None:
     queries = load_queries(LESSON)
     async with open_pool(LESSON) as pool:
         demo = Demo(pool, Shop(pool, queries), queries, functions[0].__name__)
         for function in functions:
             demo.worker.register(function.__name__, function)
-        await demo.enqueue(functions[0].__name__, None, is_durable=True)
+        if fork:
+            await fork_task(pool, queries, *fork)
+        else:
+            await demo.enqueue(functions[0].__name__, None, is_durable=True)
         async with demo.working():
             await demo.wait_until(all_finished, "all tasks have finished")
 
 
-def experiment(*functions: Any) -> None:
-    """For trials: let a worker run the first as a durable task, until all has finished."""
-    run(work(functions))
+def experiment(*functions: Any, fork: Sequence[int] = ()) -> None:
+    """For trials: let a worker run the first as a durable task, until all has finished.
+
+    With the id of a task that has been run, and an event, that one is forked there instead.
+    """
+    run(work(functions, fork))
 
 
 async def main(flags: argparse.Namespace) -> None:
@@ -388,9 +363,9 @@ async def main(flags: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.set_defaults(play=approvals)
+    parser.set_defaults(play=one_by_one_and_in_batches)
     choice = parser.add_mutually_exclusive_group()
-    for play in (crash, retry, replay, breaks):
+    for play in (crash, retry, replay, fork):
         name, help = f"--{play.__name__}", play.__doc__
         choice.add_argument(name, dest="play", action="store_const", const=play, help=help)
     choice.add_argument("--worker", metavar="QUEUE", help="be a worker and nothing else")

@@ -572,21 +572,11 @@ WHERE queue = :queue
 GROUP BY task_name, status
 ORDER BY task_name, status;
 
--- name: end_sleeps(queue)!
--- The demo: days pass.
-UPDATE tasks
-SET wake_at = now()
-WHERE queue = :queue
-  AND status = 'SLEEPING';
-
--- name: get_signals(queue)
--- The demo: what was sent to the tasks of a queue, and which event of the log has received it.
-SELECT signals.*, durable_events.event_id AS received_by_event
-FROM signals
-JOIN tasks ON tasks.id = signals.task_id
-LEFT JOIN durable_events ON durable_events.child_task_id = signals.received_by
-WHERE tasks.queue = :queue
-ORDER BY signals.id;
+-- name: count_transactions(queue)^
+-- The demo: how many transactions wrote these rows last. Each row has theirs in its hidden `xmin`.
+SELECT count(*) AS tasks, count(DISTINCT xmin::TEXT) AS transactions
+FROM tasks
+WHERE queue = :queue;
 
 -- name: get_branches(task_id)
 -- The demo: each branch of a task, the current one last, with its outcome and its events.
