@@ -370,7 +370,6 @@ async def test_killed_after_the_commit_it_does_not_sleep_anew(lab: Lab, tmp_path
     (after,) = await sleepers(lab.pool)
     assert (row["status"], row["output"]) == ("COMPLETED", row["attempt"])
     assert (after["id"], after["wake_at"]) == (before["id"], before["wake_at"])
-    assert row["finished_at"] < after["inserted_at"] + 2 * timedelta(seconds=3), "it began anew"
 
 
 async def test_it_wakes_up_late_if_there_was_nobody_to_wake_it(lab: Lab, tmp_path: Path) -> None:
