@@ -291,6 +291,22 @@ async def test_a_writer_that_is_cancelled_loses_nothing(lab: BatchLab) -> None:
         assert await asyncio.gather(*writes) == [True] * 3
 
 
+async def test_a_flush_waits_for_what_is_in_flight_and_sends_nothing_twice(lab: BatchLab) -> None:
+    task = await lab.running()
+    lab.queries.may_send[OUTCOMES].clear()
+    sending = asyncio.create_task(lab.outcomes.keep_sending())
+    write = asyncio.create_task(lab.outcomes.write(task, "COMPLETED", 1))
+    await wait_for(lambda: lab.queries.batches[OUTCOMES], "it is on its way")
+    flush = asyncio.create_task(lab.outcomes.flush())
+    await asyncio.sleep(0.1)
+    assert not flush.done()
+    lab.queries.may_send[OUTCOMES].set()
+    await flush
+    assert await write
+    assert lab.queries.sizes(OUTCOMES) == [1]
+    sending.cancel()
+
+
 @asynccontextmanager
 async def locked(lab: BatchLab, id: int) -> AsyncIterator[None]:
     """Somebody else holds this row within this block."""
