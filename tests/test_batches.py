@@ -383,6 +383,30 @@ async def all_completed(lab: BatchLab, count: int) -> bool:
     return await statuses(lab.pool) == {"COMPLETED": count}
 
 
+@pytest.mark.parametrize("analyzed", [True, False], ids=["analyzed", "not analyzed"])
+async def test_finished_tasks_cost_a_batch_nothing(lab: BatchLab, analyzed: bool) -> None:
+    """What it reads of tasks it finds by an index, also if Postgres takes the table for small."""
+    await execute(
+        lab.pool,
+        "INSERT INTO tasks (queue, task_name, input, status)"
+        " SELECT 'q', 'step', '1', 'COMPLETED' FROM generate_series(1, 20000)",
+    )
+    if analyzed:
+        await execute(lab.pool, "ANALYZE tasks")
+    tasks = [await lab.running(is_durable=True) for _ in range(10)]
+    owners = [{"id": t.id, "worker_id": str(t.worker_id), "attempt": t.attempt} for t in tasks]
+    step = {"event_id": 1, "key": "", "task_name": "step", "max_retries": 0, "is_durable": False}
+    for name, columns in ((STEPS, step), (OUTCOMES, {"status": "COMPLETED"})):
+        sql = f"EXPLAIN (ANALYZE) {getattr(lab.queries.queries, name).sql}"
+        async with lab.pool.connection() as conn:
+            rows = json.dumps([owner | columns for owner in owners])
+            cursor = await conn.execute(sql.encode(), {"rows": rows})
+            plan = "\n".join(row["QUERY PLAN"] for row in await cursor.fetchall())
+        assert "Seq Scan on tasks" not in plan, plan
+        assert "Index Scan" in plan
+    assert await statuses(lab.pool) == {"COMPLETED": 20010, "QUEUED": 10}
+
+
 # Parents and children
 
 
