@@ -233,6 +233,37 @@ async def test_a_zombie_in_a_batch_changes_nothing(lab: BatchLab) -> None:
     assert [(await lab.row(task))["output"] for task in (ours, also_ours)] == [0, 3]
 
 
+@pytest.mark.parametrize("name", [OUTCOMES, STEPS])
+async def test_a_task_that_is_taken_while_a_batch_waits_for_it_is_left_out(
+    lab: BatchLab, name: str
+) -> None:
+    """The statement has seen it as ours, and must look again when it has the lock."""
+    tasks = [await lab.running(is_durable=True) for _ in range(3)]
+    steps = lab.lesson.steps.Steps(lab.pool, lab.queries)
+    async with await open_connection(lab.pool) as conn:
+        async with conn.transaction():
+            taken = "UPDATE tasks SET attempt = 2, worker_id = %s WHERE id = %s"
+            await conn.execute(taken, [uuid4(), tasks[1].id])
+            if name == OUTCOMES:
+                answers = [asyncio.create_task(lab.write(*completed(*tasks)))]
+            else:
+                answers = start_steps(steps, *tasks)
+                await asyncio.sleep(0)
+                answers.append(asyncio.create_task(steps.flush()))
+            await wait_for(lambda: is_waiting(lab), "the batch waits for the lock")
+        results = await asyncio.gather(*answers)
+    assert lab.queries.sizes(name) == [3]
+    if name == OUTCOMES:
+        assert results == [[True, False, True]]
+        rows = [await lab.row(task) for task in tasks]
+        assert [row["status"] for row in rows] == ["COMPLETED", "RUNNING", "COMPLETED"]
+        assert rows[1]["attempt"] == 2
+    else:
+        assert [row is None for row in results[:3]] == [False, True, False]
+        assert [len(await lab.children(task.id)) for task in tasks] == [1, 0, 1]
+        assert len(await lab.tasks()) == 5
+
+
 @pytest.mark.parametrize("order", [[1, 2], [2, 1]], ids=str)
 async def test_of_two_attempts_at_one_task_in_a_batch_the_latest_counts(
     lab: BatchLab, order: list[int]
