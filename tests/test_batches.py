@@ -233,6 +233,37 @@ async def test_a_zombie_in_a_batch_changes_nothing(lab: BatchLab) -> None:
     assert [(await lab.row(task))["output"] for task in (ours, also_ours)] == [0, 3]
 
 
+@pytest.mark.parametrize("name", [OUTCOMES, STEPS])
+async def test_a_task_that_is_taken_while_a_batch_waits_for_it_is_left_out(
+    lab: BatchLab, name: str
+) -> None:
+    """The statement has seen it as ours, and must look again when it has the lock."""
+    tasks = [await lab.running(is_durable=True) for _ in range(3)]
+    steps = lab.lesson.steps.Steps(lab.pool, lab.queries)
+    async with await open_connection(lab.pool) as conn:
+        async with conn.transaction():
+            taken = "UPDATE tasks SET attempt = 2, worker_id = %s WHERE id = %s"
+            await conn.execute(taken, [uuid4(), tasks[1].id])
+            if name == OUTCOMES:
+                answers = [asyncio.create_task(lab.write(*completed(*tasks)))]
+            else:
+                answers = start_steps(steps, *tasks)
+                await asyncio.sleep(0)
+                answers.append(asyncio.create_task(steps.flush()))
+            await wait_for(lambda: is_waiting(lab), "the batch waits for the lock")
+        results = await asyncio.gather(*answers)
+    assert lab.queries.sizes(name) == [3]
+    if name == OUTCOMES:
+        assert results == [[True, False, True]]
+        rows = [await lab.row(task) for task in tasks]
+        assert [row["status"] for row in rows] == ["COMPLETED", "RUNNING", "COMPLETED"]
+        assert rows[1]["attempt"] == 2
+    else:
+        assert [row is None for row in results[:3]] == [False, True, False]
+        assert [len(await lab.children(task.id)) for task in tasks] == [1, 0, 1]
+        assert len(await lab.tasks()) == 5
+
+
 @pytest.mark.parametrize("order", [[1, 2], [2, 1]], ids=str)
 async def test_of_two_attempts_at_one_task_in_a_batch_the_latest_counts(
     lab: BatchLab, order: list[int]
@@ -289,6 +320,22 @@ async def test_a_writer_that_is_cancelled_loses_nothing(lab: BatchLab) -> None:
     async with asyncio.timeout(DEADLINE):
         await lab.outcomes.flush()
         assert await asyncio.gather(*writes) == [True] * 3
+
+
+async def test_a_flush_waits_for_what_is_in_flight_and_sends_nothing_twice(lab: BatchLab) -> None:
+    task = await lab.running()
+    lab.queries.may_send[OUTCOMES].clear()
+    sending = asyncio.create_task(lab.outcomes.keep_sending())
+    write = asyncio.create_task(lab.outcomes.write(task, "COMPLETED", 1))
+    await wait_for(lambda: lab.queries.batches[OUTCOMES], "it is on its way")
+    flush = asyncio.create_task(lab.outcomes.flush())
+    await asyncio.sleep(0.1)
+    assert not flush.done()
+    lab.queries.may_send[OUTCOMES].set()
+    await flush
+    assert await write
+    assert lab.queries.sizes(OUTCOMES) == [1]
+    sending.cancel()
 
 
 @asynccontextmanager
@@ -365,6 +412,30 @@ async def test_many_tasks_take_few_statements(lab: BatchLab) -> None:
 
 async def all_completed(lab: BatchLab, count: int) -> bool:
     return await statuses(lab.pool) == {"COMPLETED": count}
+
+
+@pytest.mark.parametrize("analyzed", [True, False], ids=["analyzed", "not analyzed"])
+async def test_finished_tasks_cost_a_batch_nothing(lab: BatchLab, analyzed: bool) -> None:
+    """What it reads of tasks it finds by an index, also if Postgres takes the table for small."""
+    await execute(
+        lab.pool,
+        "INSERT INTO tasks (queue, task_name, input, status)"
+        " SELECT 'q', 'step', '1', 'COMPLETED' FROM generate_series(1, 20000)",
+    )
+    if analyzed:
+        await execute(lab.pool, "ANALYZE tasks")
+    tasks = [await lab.running(is_durable=True) for _ in range(10)]
+    owners = [{"id": t.id, "worker_id": str(t.worker_id), "attempt": t.attempt} for t in tasks]
+    step = {"event_id": 1, "key": "", "task_name": "step", "max_retries": 0, "is_durable": False}
+    for name, columns in ((STEPS, step), (OUTCOMES, {"status": "COMPLETED"})):
+        sql = f"EXPLAIN (ANALYZE) {getattr(lab.queries.queries, name).sql}"
+        async with lab.pool.connection() as conn:
+            rows = json.dumps([owner | columns for owner in owners])
+            cursor = await conn.execute(sql.encode(), {"rows": rows})
+            plan = "\n".join(row["QUERY PLAN"] for row in await cursor.fetchall())
+        assert "Seq Scan on tasks" not in plan, plan
+        assert "Index Scan" in plan
+    assert await statuses(lab.pool) == {"COMPLETED": 20010, "QUEUED": 10}
 
 
 # Parents and children

@@ -32,10 +32,10 @@ class Batches:
         None if nothing does, an error if this row is at fault. If the answer is cancelled before,
         the row is left out. Raises what is wrong with a value that is not JSON.
         """
-        owner = {"id": task.id, "worker_id": str(task.worker_id), "attempt": task.attempt}
-        row = ", ".join(f'"{name}": {dumps(value)}' for name, value in (owner | columns).items())
+        owner = f'"id": {task.id}, "worker_id": "{task.worker_id}", "attempt": {task.attempt}'
+        row = ", ".join(f'"{name}": {dumps(value)}' for name, value in columns.items())
         answer: Answer = asyncio.get_running_loop().create_future()
-        self._waiting.append((f"{{{row}}}", answer))
+        self._waiting.append((f"{{{owner}, {row}}}", answer))
         self._news.set()
         return answer
 
