@@ -1,31 +1,191 @@
-"""The scenes (a placeholder of LA's until LB's comes)."""
+"""Scenes: crashes and waits, played step by step on real workers.
 
+A scene makes its moment certain by gates in the lab's own task functions. The lesson is as it is.
+"""
+
+import asyncio
+import logging
+from dataclasses import dataclass
 from typing import Any
 
+import psycopg
+
+from shared.errors import error_text
+from shared.lab import crashes as c
+from shared.lab import waits as w
 from shared.lab.errors import LabError
 from shared.lab.hand import Hand
 from shared.lab.lesson import OpenLesson
+from shared.lab.step import Play, Step
+from shared.outages import one_line
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A play, and what a lesson must be able to do, and what not, for it to be true there."""
+
+    name: str
+    title: str
+    play: Play
+    needs: frozenset[str] | set[str]
+    without: frozenset[str] | set[str] = frozenset()
+
+
+def moment(name: str, title: str, play: Play) -> Scene:
+    """A moment of a crash. An order that is suspended while it waits cannot be lost there."""
+    return Scene(name, title, play, {"durable"}, {"suspension"})
+
+
+SCENES = [
+    Scene(
+        "charged-twice",
+        "Killed half-way through an order",
+        c.charged_twice,
+        {"heartbeats", "payments"},
+        {"events"},
+    ),
+    moment("before-event", "Killed before event and child are written", c.before_the_event),
+    moment("before-claim", "Killed before anybody claims the child", c.before_the_claim),
+    moment("child-runs", "Killed while the child runs", c.while_the_child_runs),
+    moment("after-charge", "Killed after the charge, before its outcome", c.after_the_charge),
+    moment("between", "Killed between two steps", c.between_two_steps),
+    moment("after-last", "Killed after the last step", c.after_the_last_step),
+    Scene("frozen", "Frozen, and back", c.fenced_off, {"heartbeats"}),
+    Scene("stop", "Told to stop", c.told_to_stop, {"graceful_stop", "durable"}),
+    Scene("sleep", "Killed while an order sleeps", w.slept_through, {"sleep"}, {"suspension"}),
+    Scene("suspended", "Killed, and nothing is lost", w.nobodys, {"suspension"}),
+    Scene("early-signal", "Approved before it has asked", w.early_signal, {"signal"}),
+    Scene("late-signal", "Approved while no worker runs", w.signal_to_nobody, {"signal"}),
+    Scene("fork", "Only the email again", w.forked, {"fork"}),
+]
 
 
 def available(lesson: OpenLesson) -> list[dict[str, str]]:
-    """The scenes of this lesson."""
-    return []
+    """The scenes of a lesson."""
+    return [{"name": scene.name, "title": scene.title} for scene in of_lesson(lesson)]
+
+
+def of_lesson(lesson: OpenLesson) -> list[Scene]:
+    """What can be played on this lesson."""
+    can = lesson.abilities
+    return [scene for scene in SCENES if scene.needs <= can and not scene.without & can]
+
+
+class Performance:
+    """One scene while it is played."""
+
+    def __init__(self, scene: Scene, lab: Hand) -> None:
+        self.scene = scene
+        self.lab = lab
+        self._steps = scene.play(lab)
+        self._step: Step | None = None
+        self._asked: str | None = None  # the last question
+        self._given: str | None = None  # and the reader's answer
+        self._error: str | None = None
+        self._work: asyncio.Task[None] | None = None
+
+    async def begin(self) -> None:
+        """Come to the first step."""
+        await self._advance(None)
+
+    def go_on(self, answer: str | None) -> None:
+        """Work towards the next step, in the background: that may take as long as a takeover."""
+        if self._step is None or self._is_done():
+            raise LabError("the scene is over")
+        if self._work is not None:
+            raise LabError("the scene is on its way to the next step")
+        if self._step.choices and answer not in self._step.choices:
+            raise LabError("the question wants one of its answers")
+        self._asked, self._given = self._step.question, answer
+        self._work = asyncio.create_task(self._advance(answer))
+
+    async def end(self) -> None:
+        """Leave it, wherever it is."""
+        if self._work is not None:
+            self._work.cancel()
+            await asyncio.wait([self._work])
+        await self._steps.aclose()
+
+    async def _advance(self, answer: str | None) -> None:
+        try:
+            self._step = await self._steps.asend(answer)
+        except (LabError, psycopg.Error) as error:
+            # The reader, or the reader's lesson, has done what the scene is not about.
+            self._error = one_line(error)
+        except Exception as error:
+            log.exception("scene %s", self.scene.name)
+            self._error = error_text(error)
+        finally:
+            self._work = None
+        self.lab.touch()
+
+    def _is_done(self) -> bool:
+        return self._error is not None or (self._step is not None and self._step.is_last)
+
+    def state(self) -> dict[str, Any] | None:
+        """What the page shows."""
+        if (step := self._step) is None:
+            return None
+        shown: dict[str, Any] = {
+            "name": self.scene.name,
+            "title": self.scene.title,
+            "sentence": step.sentence,
+            "question": step.question,
+            "rows": step.rows and {"title": step.rows.title, "rows": step.rows.rows},
+            "button": step.button,
+            "busy": step.meanwhile if self._work is not None else None,
+            "choices": None if self._work is not None or self._error else step.choices or None,
+            "answer": self._answer(step),
+            "error": self._error,
+            "done": self._is_done(),
+        }
+        return {name: value for name, value in shown.items() if value is not None}
+
+    def _answer(self, step: Step) -> dict[str, Any] | None:
+        if step.right is None or self._work is not None:
+            return None
+        return {
+            "asked": self._asked,
+            "given": self._given,
+            "right": step.right,
+            "is_right": self._given == step.right,
+        }
 
 
 class Player:
-    """Plays one scene at a time."""
+    """Plays the lab's scenes, one at a time."""
 
     def __init__(self, lab: Hand) -> None:
         self.lab = lab
+        self._performance: Performance | None = None
 
     async def start(self, name: str) -> None:
-        raise LabError(f"There is no scene {name}.")
+        """Begin a scene: whatever worker runs is killed, and the first step is shown."""
+        scene = next((one for one in of_lesson(self.lab.lesson) if one.name == name), None)
+        if scene is None:
+            raise LabError(f"there is no scene {name!r} in this lesson")
+        await self.stop()
+        await self.lab.stop_all()
+        self._performance = Performance(scene, self.lab)
+        await self._performance.begin()
 
     async def next(self, answer: str | None = None) -> None:
-        raise LabError("No scene is open.")
+        """Go on to the next step, with the reader's answer if there is a question."""
+        if self._performance is None:
+            raise LabError("no scene is being played")
+        self._performance.go_on(answer)
+        self.lab.touch()
 
     async def stop(self) -> None:
-        pass
+        """Leave the scene. Its workers stay; its gates do not."""
+        if self._performance is not None:
+            await self._performance.end()
+            self._performance = None
+        await self.lab.release()
+        self.lab.touch()
 
     def state(self) -> dict[str, Any] | None:
-        return None
+        """What the page shows; None if no scene is played."""
+        return None if self._performance is None else self._performance.state()

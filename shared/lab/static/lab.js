@@ -1,0 +1,195 @@
+// The page: it listens to the server's stream, shows what comes, and sends what is clicked.
+
+import { chosenTask } from "./chosen.js";
+import { showDiff } from "./diff.js";
+import { action, el, morph } from "./dom.js";
+import { show as showLog, take } from "./log.js";
+import { enqueueButtons, queue } from "./queue.js";
+import { scene } from "./scene.js";
+import { workers } from "./workers.js";
+
+const TICK = 250; // ms between two looks at the clock
+
+const $ = (id) => document.getElementById(id);
+let state = null; // the server's last word
+let received = 0; // when it came, by performance.now()
+let chosen = null; // the id of the task that the reader, or a scene, has chosen
+let follows = undefined; // what the server chose last
+let stream = null;
+
+/** How many seconds ago the state was true. */
+const late = () => (performance.now() - received) / 1000;
+
+function connect() {
+  stream?.close();
+  stream = new EventSource(`/api/stream${chosen == null ? "" : `?task=${chosen}`}`);
+  stream.addEventListener("state", (event) => receive(JSON.parse(event.data)));
+  stream.addEventListener("log", (event) => {
+    take(JSON.parse(event.data));
+    renderLog();
+  });
+  stream.addEventListener("open", () => fault(null));
+  stream.addEventListener("error", () =>
+    fault(
+      "The lab does not answer. If it has ended, start it again in its terminal, and open the address that it prints.",
+    ),
+  );
+}
+
+function receive(news) {
+  if (news.now != null) received = performance.now();
+  // While the database is away, the tables are shown as they were when last seen.
+  state = news.now == null ? { tasks: [], ...state, ...news, chosen: state?.chosen } : news;
+  if (state.choose != null && state.choose !== follows) choose(state.choose);
+  follows = state.choose;
+  const newest = state.tasks.find((task) => task.parent == null);
+  if (chosen == null && newest) choose(newest.id);
+  fault(state.lesson.error);
+  render();
+}
+
+function choose(id) {
+  if (id === chosen) return;
+  chosen = id;
+  history.replaceState(null, "", `#task-${id}`);
+  connect();
+}
+
+function render() {
+  const { lesson, database } = state;
+  document.title = `The lab: lesson ${lesson.number}`;
+  morph($("lesson"), [
+    document.createTextNode(`Lesson ${lesson.number}: ${lesson.name.replaceAll("-", " ")}`),
+  ]);
+  $("database").className = `database ${database.state}`;
+  morph($("database"), databaseParts(database));
+  renderScene();
+  morph($("enqueue"), enqueueButtons(state));
+  morph($("queue"), queue(state, chosen));
+  renderWhatMoves();
+  renderLog();
+}
+
+/** Who plays a scene with the keyboard stays in it, although the buttons are others each time. */
+function renderScene() {
+  const isInside = $("scene").contains(document.activeElement);
+  morph($("scene"), scene(state));
+  if (isInside && !$("scene").contains(document.activeElement))
+    $("scene").querySelector("button.primary, .choices button, .programme button")?.focus();
+}
+
+/** What changes with the clock alone. */
+function renderWhatMoves() {
+  if (!state || document.hidden) return;
+  morph($("workers"), workers(state, late()));
+  const isShown = state.chosen?.task.id === chosen;
+  if (isShown || !state.chosen)
+    morph($("timeline"), chosenTask(state, state.now + late(), $("timeline").clientWidth || 600));
+}
+
+function databaseParts(database) {
+  const whose = database.embedded ? "Postgres" : "Postgres at DATABASE_URL";
+  return [
+    el("span", { role: "status" }, `${whose} is ${database.state}`),
+    database.embedded &&
+      action("restart_postgres", {}, "Restart", {
+        class: "small",
+        "aria-label": "Restart Postgres",
+      }),
+  ].filter(Boolean);
+}
+
+function renderLog() {
+  const task = state?.chosen;
+  const isOfAll = $("log-all").checked || !task;
+  showLog(
+    $("log"),
+    isOfAll ? null : new Set([task.task.id, ...(task.children ?? []).map((child) => child.id)]),
+  );
+}
+
+function fault(text) {
+  $("fault").hidden = !text;
+  if ($("fault").textContent !== (text ?? "")) $("fault").textContent = text ?? "";
+}
+
+/** Show an error for a while. */
+function notice(text) {
+  $("notice").replaceChildren(el("p", {}, text));
+  setTimeout(() => text === $("notice").textContent && $("notice").replaceChildren(), 8000);
+}
+
+async function send(name, body) {
+  const answer = await fetch(`/api/${name}`, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+  });
+  const result = await answer.json();
+  if (!answer.ok) throw new Error(result.error);
+  return result;
+}
+
+async function act(button) {
+  if (button.getAttribute("aria-disabled") === "true" || button.ariaBusy === "true") return;
+  button.ariaBusy = "true";
+  try {
+    const body = { ...JSON.parse(button.dataset.body ?? "{}"), ...inputs(button) };
+    const result = await send(button.dataset.action, body);
+    if (result.first != null) choose(result.first);
+    $("notice").replaceChildren();
+  } catch (error) {
+    notice(error instanceof TypeError ? "The lab does not answer." : error.message);
+  } finally {
+    button.ariaBusy = null;
+  }
+}
+
+/** What stands in the inputs next to a button. */
+function inputs(button) {
+  const values = {};
+  for (const name of (button.dataset.inputs ?? "").split(" ").filter(Boolean)) {
+    const value = button.parentElement.querySelector(`[name=${name}]`).value;
+    values[name] = name === "name" ? value : parse(value);
+  }
+  return values;
+}
+
+function parse(value) {
+  try {
+    return JSON.parse(value);
+  } catch {
+    throw new Error(`That is not JSON: ${value}`);
+  }
+}
+
+function showTab(name) {
+  for (const tab of document.querySelectorAll("[role=tab]")) {
+    const isThis = tab.id === `tab-${name}`;
+    tab.ariaSelected = String(isThis);
+    tab.tabIndex = isThis ? 0 : -1;
+    $(tab.getAttribute("aria-controls")).hidden = !isThis;
+  }
+  if (name === "diff") showDiff($("diff"), state, notice);
+}
+
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (button?.dataset.action) act(button);
+  else if (button?.dataset.choose) choose(Number(button.dataset.choose));
+  else if (button?.role === "tab") showTab(button.id.slice(4));
+});
+document.querySelector("[role=tablist]").addEventListener("keydown", (event) => {
+  if (!["ArrowLeft", "ArrowRight"].includes(event.key)) return;
+  const other = document.querySelector("[role=tab][aria-selected=false]");
+  showTab(other.id.slice(4));
+  other.focus();
+});
+$("log-all").addEventListener("change", renderLog);
+addEventListener("resize", renderWhatMoves);
+document.addEventListener("visibilitychange", () => state && render());
+setInterval(renderWhatMoves, TICK);
+
+const address = location.hash.match(/^#task-(\d+)$/);
+if (address) chosen = Number(address[1]);
+connect();

@@ -1,0 +1,48 @@
+// The workers' log lines, as they come. Only so many stay, or a thousand tasks would be too many.
+
+import { chip, el } from "./dom.js";
+
+const KEPT = 3000; // lines, of all tasks
+const SHOWN = 400;
+
+let lines = [];
+
+/** Take in new lines; those that are known already are left out. */
+export function take(news) {
+  const last = lines.at(-1)?.n ?? 0;
+  lines = [...lines, ...news.filter((line) => line.n > last)].slice(-KEPT);
+}
+
+/** Show the lines of these tasks (null: of all), and stay at the end if that is where one looks. */
+export function show(box, tasks) {
+  const wanted = lines.filter((line) => isOf(line, tasks)).slice(-SHOWN);
+  const isAtEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 30;
+  const old = new Map([...box.children].map((child) => [child.dataset.key, child]));
+  const rows = wanted.map((line) => old.get(String(line.n)) ?? row(line));
+  if (!wanted.length) rows.push(el("p", { class: "quiet" }, "Nothing yet."));
+  if (rows.length === box.children.length && rows.at(-1) === box.lastChild) return;
+  box.replaceChildren(...rows);
+  if (isAtEnd) box.scrollTop = box.scrollHeight;
+}
+
+function isOf(line, tasks) {
+  if (!tasks) return true;
+  return line.task == null ? line.worker === "lab" : tasks.has(line.task);
+}
+
+function row(line) {
+  const isLab = line.worker === "lab";
+  const isBad = /WARN|ERROR|CRIT/.test(line.level ?? "");
+  return el(
+    "div",
+    { "data-key": line.n },
+    el("time", {}, clock(line.at)),
+    isLab ? el("span") : chip(line.worker),
+    el("span", { class: isLab ? "hand" : isBad ? "bad" : "" }, line.text),
+  );
+}
+
+function clock(at) {
+  const date = new Date(at * 1000);
+  return `${date.toTimeString().slice(0, 8)}.${String(date.getMilliseconds()).padStart(3, "0")}`;
+}

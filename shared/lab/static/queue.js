@@ -1,0 +1,81 @@
+// The queue: how many tasks have which status, the newest tasks, and what can be enqueued.
+
+import { action, chip, el } from "./dom.js";
+
+const ENQUEUE = [
+  ["order", 1, "An order"],
+  ["order", 10, "Ten"],
+  ["order", 1000, "A thousand"],
+  ["failing_order", 1, "One that fails"],
+  ["sleeper", 1, "One that sleeps"],
+  ["approval", 1, "One to approve"],
+  ["plain", 1, "A parcel"],
+];
+
+/** The buttons that enqueue what this lesson's tasks can do. */
+export function enqueueButtons(state) {
+  const kinds = state.lesson.kinds ?? ["order"];
+  return ENQUEUE.filter(([kind]) => kinds.includes(kind)).map(([kind, count, text]) =>
+    action("enqueue", { kind, count }, text, { class: "small" }),
+  );
+}
+
+/** Counts and the newest tasks, each a button that chooses it. */
+export function queue(state, chosen) {
+  const counts = Object.entries(state.queue ?? {}).map(([status, count]) =>
+    el(
+      "div",
+      { class: count ? "" : "zero", "data-key": status },
+      el("b", {}, count.toLocaleString("en")),
+      el("span", { class: `status s-${status}` }, status),
+    ),
+  );
+  const tasks = family(state.tasks).map((task) => item(task, chosen));
+  return [
+    el("div", { class: "counts" }, counts),
+    tasks.length
+      ? el("ol", { class: "tasks", "aria-label": "The newest tasks" }, tasks)
+      : el("p", { class: "none" }, "Nothing has been enqueued yet."),
+  ];
+}
+
+/** Parents newest first, each followed by its children in their order. */
+function family(tasks) {
+  const ids = new Set(tasks.map((task) => task.id));
+  const children = groupByParent(tasks, ids);
+  const withChildren = (task) => [
+    task,
+    ...(children.get(task.id) ?? []).sort((one, other) => one.id - other.id).flatMap(withChildren),
+  ];
+  return (children.get(null) ?? []).sort((one, other) => other.id - one.id).flatMap(withChildren);
+}
+
+function groupByParent(tasks, ids) {
+  const groups = new Map();
+  for (const task of tasks) {
+    const parent = ids.has(task.parent) ? task.parent : null;
+    groups.set(parent, [...(groups.get(parent) ?? []), task]);
+  }
+  return groups;
+}
+
+function item(task, chosen) {
+  return el(
+    "li",
+    { class: task.parent ? "child" : "", "data-key": `task-${task.id}` },
+    el(
+      "button",
+      {
+        class: "plain",
+        "data-choose": task.id,
+        title: `attempt ${task.attempt}`,
+        "aria-current": task.id === chosen ? "true" : null,
+      },
+      el("span", { class: "id" }, String(task.id)),
+      el("span", { class: "of" }, task.name),
+      el("span", { class: "again" }, task.attempt > 1 ? `×${task.attempt}` : ""),
+      el("span", { class: `status s-${task.status}` }, task.status),
+      chip(task.worker_key) ?? el("span"),
+    ),
+  );
+}

@@ -1,0 +1,320 @@
+"""The lab's page, in a real browser: its buttons, its scenes, and who can use it.
+
+Without a browser these tests are skipped. The server behind the page: test_lab.py.
+"""
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
+from playwright.sync_api import Browser, Locator, Page, expect
+
+import browser as machine
+from lab_process import DEADLINE, LabProcess, open_lab
+from shared.lessons import find_lesson
+
+# Scenes have deadlines of their own, which are to be reached first.
+PATIENCE = 3000 * DEADLINE  # ms
+expect.set_options(timeout=PATIENCE)
+
+WIDE, NARROW = (1400, 900), (390, 844)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with machine.running_browser() as browser:
+        if browser is None:
+            pytest.skip(machine.NONE)
+        yield browser
+
+
+@contextmanager
+def opened(
+    browser: Browser, lab: LabProcess, size: tuple[int, int] = WIDE, **options: Any
+) -> Iterator[Page]:
+    """The lab's page. An error in its scripts fails the test."""
+    errors: list[str] = []
+    viewport = {"width": size[0], "height": size[1]}
+    with browser.new_context(viewport=viewport, **options) as context:  # type: ignore[arg-type]
+        context.set_default_timeout(PATIENCE)
+        page = context.new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(lab.url)
+        yield page
+        assert errors == []
+
+
+@pytest.fixture
+def lab(browser: Browser, database: str) -> Iterator[LabProcess]:
+    """The lab on lesson 07."""
+    with open_lab("07") as lab:
+        yield lab
+
+
+@pytest.fixture
+def page(browser: Browser, lab: LabProcess) -> Iterator[Page]:
+    with opened(browser, lab) as page:
+        yield page
+
+
+def click(page: Page, name: str) -> None:
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def card(page: Page, key: str) -> Locator:
+    return page.get_by_role("article", name=f"worker {key}")
+
+
+def start_worker(page: Page, key: str) -> psutil.Process:
+    """Start a worker by its button; returns its process."""
+    click(page, "Start a worker")
+    expect(card(page, key).get_by_text("alive")).to_be_visible()
+    words = card(page, key).get_by_text("process").inner_text().replace(",", "").split()
+    return psutil.Process(int(words[1]))
+
+
+def status_of_task(page: Page) -> Locator:
+    return page.locator("#timeline .head .status")
+
+
+def picture(page: Page) -> Locator:
+    return page.locator("#timeline").get_by_role("img")
+
+
+def test_buttons_do_what_they_say_to_processes(page: Page, lab: LabProcess) -> None:
+    first, second = start_worker(page, "A"), start_worker(page, "B")
+    lab.do("stop", worker="B")
+    expect(card(page, "B").get_by_text("ended, status 143")).to_be_visible()
+    assert not second.is_running()
+
+    click(page, "An order")
+    expect(status_of_task(page)).to_have_text("COMPLETED")
+    expect(page.locator("#queue [data-key=COMPLETED] b")).to_have_text("3")
+    expect(page.locator("#log")).to_contain_text("RUNNING send_confirmation_email")
+
+    click(page, "Freeze: worker A")
+    expect(card(page, "A").get_by_text("frozen")).to_be_visible()
+    assert first.status() == psutil.STATUS_STOPPED
+    click(page, "Thaw: worker A")
+    expect(card(page, "A").get_by_text("alive")).to_be_visible()
+    assert first.status() != psutil.STATUS_STOPPED
+
+    click(page, "Kill -9: worker A")
+    expect(card(page, "A").get_by_text("killed")).to_be_visible()
+    assert not first.is_running()
+    click(page, "Forget the dead")
+    expect(page.get_by_role("article")).to_have_count(0)
+
+
+def test_a_crash_is_drawn(page: Page, lab: LabProcess) -> None:
+    lab.do("start_worker", concurrency=0)  # it has the order, and not its steps
+    click(page, "An order")
+    expect(picture(page)).to_have_accessible_name(re.compile("charge_payment QUEUED"))
+    click(page, "Kill -9: worker A")
+    start_worker(page, "B")
+    words = "attempt 1 on worker A: killed; attempt 2 on worker B: COMPLETED"
+    expect(picture(page)).to_have_accessible_name(re.compile(words))
+    expect(picture(page).locator(".kill")).to_have_count(1)
+    expect(picture(page).locator(".stale")).to_have_count(1)
+    expect(picture(page).locator("text", has_text="kill -9 A")).to_be_visible()
+    expect(picture(page).locator(".event")).to_have_count(2)
+
+
+def test_a_failure_is_retried_and_replayed(page: Page) -> None:
+    start_worker(page, "A")
+    click(page, "One that fails")
+    expect(status_of_task(page)).to_have_text("FAILED")
+    click(page, "Retry")
+    expect(status_of_task(page)).to_have_text("COMPLETED")
+    expect(page.locator(".extra")).to_contain_text("42, key 2")
+    click(page, "Replay")
+    expect(page.locator(".extra")).to_contain_text("42, key 2; 42, key 4")
+
+
+def test_what_is_refused_is_said(page: Page, lab: LabProcess) -> None:
+    start_worker(page, "A")
+    click(page, "Cut connections: worker A")
+    expect(card(page, "A").get_by_text("the database went away")).to_be_visible()
+    expect(card(page, "A").get_by_text("ended, status 1")).to_be_visible()
+    expect(page.locator("#fault")).to_be_hidden()
+    page.route("**/api/enqueue", lambda route: route.fulfill(status=400, json={"error": "No."}))
+    click(page, "An order")
+    expect(page.locator("#notice")).to_have_text("No.")
+
+
+def play(page: Page, title: str, answer: Callable[[list[str]], str]) -> list[str]:
+    """Play a scene to its end; returns what was the right answer to each question."""
+    scene = page.locator("#scene")
+    click(page, title)
+    rights = []
+    while True:
+        button = scene.locator("button.primary:not([aria-disabled=true]), .choices button").first
+        button.wait_for()
+        assert not scene.get_by_text("cannot go on").is_visible(), scene.inner_text()
+        if verdict := scene.locator(".answer").all_inner_texts():
+            rights += [text.rpartition(": ")[2] for text in verdict]
+        if choices := scene.locator(".choices button").all_inner_texts():
+            click(page, answer(choices))
+            scene.locator(".choices").wait_for(state="detached")
+            continue
+        sentence = scene.locator(".sentence").inner_text()
+        if (text := button.inner_text()) == "To the other scenes":
+            button.click()
+            scene.locator(".programme").wait_for()
+            return rights
+        click(page, text)
+        page.locator("#scene .sentence", has_not_text=sentence).wait_for()
+
+
+SCENES = {
+    "04": {
+        "Killed half-way through an order": ["Two"],
+        "Frozen, and back": ["It is refused"],
+    },
+    "07": {
+        "Killed before event and child are written": ["Once"],
+        "Killed before anybody claims the child": ["charge_payment"],
+        "Killed while the child runs": ["process_order and charge_payment"],
+        "Killed after the charge, before its outcome": ["One"],
+        "Killed between two steps": ["process_order alone"],
+        "Killed after the last step": ["process_order alone"],
+        "Frozen, and back": ["It is refused"],
+    },
+    "12": {
+        "Told to stop": ["B has it at once, while A still packs"],
+        "Killed while an order sleeps": ["8 seconds"],
+    },
+    "14": {
+        "Told to stop": ["B has it at once, while A still packs"],
+        "Killed, and nothing is lost": ["No, it was nobody's when A died"],
+        "Approved before it has asked": ["It is received"],
+        "Approved while no worker runs": ["QUEUED"],
+    },
+}
+
+
+@pytest.mark.parametrize("number", SCENES)
+def test_each_scene_plays_to_its_end(browser: Browser, database: str, number: str) -> None:
+    # Long enough for a worker to start: one scene asks what it does before it takes over.
+    with open_lab(number, INACTIVE_AFTER=2.0) as lab, opened(browser, lab) as page:
+        for title, rights in SCENES[number].items():
+            assert play(page, title, lambda choices: choices[0]) == rights
+
+
+def test_every_scene_is_played() -> None:
+    """By the test above, but for those of lessons that are not here yet."""
+    from shared.lab.scenes import SCENES as ALL
+
+    played = {title for scenes in SCENES.values() for title in scenes}
+    assert {scene.title for scene in ALL} - played <= {"Only the email again"}
+
+
+def test_a_second_tab_and_a_reload_are_in_the_midst_of_it(
+    browser: Browser, page: Page, lab: LabProcess
+) -> None:
+    click(page, "Killed after the charge, before its outcome")
+    click(page, "Next")
+    question = "How many payments will there be in the end?"
+    expect(page.get_by_text(question)).to_be_visible()
+    words = picture(page).get_attribute("aria-label")
+    with opened(browser, lab) as other:
+        expect(other.get_by_text(question)).to_be_visible()
+        expect(card(other, "A").get_by_text("task 2 is held in charge_payment")).to_be_visible()
+        page.reload()
+        expect(page.get_by_text(question)).to_be_visible()
+        expect(picture(page)).to_have_attribute("aria-label", words or "")
+        click(page, "One")
+        for tab in (page, other):
+            expect(tab.locator(".verdict")).to_have_text("Right:")
+            expect(tab.locator(".rows tbody tr")).to_have_count(1)
+
+
+def test_by_keyboard_alone(page: Page) -> None:
+    def press_until(name: str) -> None:
+        """Go on with Tab until the focus is there, and press Enter."""
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.textContent") == name:
+                return page.keyboard.press("Enter")
+        raise AssertionError(f"Tab does not lead to {name}")
+
+    expect(page.locator(".programme")).to_be_visible()
+    press_until("Killed between two steps")
+    expect(page.get_by_role("button", name="Next")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator(".choices button").first).to_be_focused()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator(".verdict")).to_have_text("Right:")
+    expect(page.get_by_role("button", name="To the other scenes")).to_be_focused()
+
+    page.get_by_role("tab", name="Stage").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("tab", name="Diff")).to_be_focused()
+    expect(page.get_by_role("heading", name="durable_context.py")).to_be_visible()
+
+
+def test_a_thousand_orders_are_no_burden_to_the_page(page: Page) -> None:
+    start_worker(page, "A")
+    page.get_by_label("of all tasks").check()
+    click(page, "A thousand")
+    expect(page.locator("#queue [data-key=COMPLETED] b")).to_have_text(re.compile("[1-9]"))
+    # What it draws does not grow with them.
+    expect(page.locator(".tasks li")).to_have_count(30)
+    assert page.evaluate("document.querySelectorAll('*').length") < 3000
+    click(page, "Kill -9: worker A")
+    expect(card(page, "A").get_by_text("killed")).to_be_visible()
+
+
+def test_a_fault_of_the_lesson_is_shown(browser: Browser, database: str, tmp_path: Path) -> None:
+    copy = tmp_path / "07-mine"
+    shutil.copytree(find_lesson("07"), copy)
+    module = copy / "worker.py"
+    text = module.read_text(encoding="utf-8")
+    module.write_text(text.replace("class Worker:", "class Worker"), encoding="utf-8")
+    with open_lab(copy) as lab, opened(browser, lab) as page:
+        expect(page.locator("#fault")).to_contain_text("worker.py")
+        module.write_text(text, encoding="utf-8")
+        start_worker(page, "B" if card(page, "A").count() else "A")
+        expect(page.locator("#fault")).to_be_hidden()
+
+
+def test_the_end_of_the_lab_is_shown(page: Page, lab: LabProcess) -> None:
+    expect(page.locator(".programme")).to_be_visible()
+    lab.process.terminate()
+    expect(page.locator("#fault")).to_contain_text("The lab does not answer.")
+
+
+@pytest.mark.parametrize(("scheme", "size"), [("light", WIDE), ("dark", NARROW)])
+def test_axe_finds_nothing(
+    browser: Browser, lab: LabProcess, scheme: str, size: tuple[int, int]
+) -> None:
+    with opened(browser, lab, size, color_scheme=scheme) as page:
+        expect(page.locator(".programme")).to_be_visible()
+        check(page)
+        start_worker(page, "A")
+        click(page, "Killed after the charge, before its outcome")
+        click(page, "Next")
+        expect(page.locator(".choices")).to_be_visible()
+        check(page)
+        click(page, "Two")
+        expect(page.locator(".verdict")).to_be_visible()
+        check(page)
+        page.get_by_role("tab", name="Diff").click()
+        expect(page.get_by_role("heading", name="durable_context.py")).to_be_visible()
+        # All of it would take half a minute.
+        check(page, "header", "#diff nav", "#diff article:nth-of-type(2)")
+
+
+def check(page: Page, *parts: str) -> None:
+    """No violation of the rules of axe in the page, and nothing wider than the window."""
+    where = {"include": [[part] for part in parts]} if parts else None
+    found = Axe().run(page, context=where).response["violations"]
+    assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
