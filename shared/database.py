@@ -81,7 +81,7 @@ class CancellablePool(AsyncConnectionPool[Connection]):
         # line that takes an asyncio task and a timer each, half as long as the statement itself.
         self._line = asyncio.Semaphore(self.max_size)
 
-    async def getconn(self, timeout: float | None = None) -> Connection:  # noqa: ASYNC109
+    async def getconn(self, timeout: float | None = None) -> Connection:
         """Wait for one's turn, then for a connection.
 
         Without a `timeout` of the caller the first has no limit, since overload is not an outage.

@@ -54,6 +54,8 @@ VIEWS = {
             ("event_id", "event_id", "event_id"),
             ("kind", "kind", "kind"),
             ("child_task_id", "child_task_id", "child_task_id"),
+            ("branch_id", "branch_id", "branch_id"),
+            ("abandoned_in", "abandoned_in", "abandoned_in"),
             ("inserted_at", "inserted_at", "to_char(inserted_at, 'HH24:MI:SS.MS')"),
             ("key", "key", "left(key, 16)"),
         ],

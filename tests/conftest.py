@@ -5,27 +5,33 @@ A test with the fixture `lesson` runs on every lesson; markers narrow that:
     @pytest.mark.since(4)               it holds from lesson 04 on, and does not run before
     @pytest.mark.until(4)               it holds up to lesson 04, and does not run after
     @pytest.mark.flaw(3, reason="...")  it must fail on lesson 03, whose README names that flaw
-    @pytest.mark.only(4, 7)             it is slow; the lessons between run the same code
+    @pytest.mark.only(4, LAST)          it is slow; the lessons between run the same code
 
 `pytest --lesson DIRECTORY` runs those tests, and only those, on another directory, a
 learner's copy. (The option itself is in shared/pytest_plugin.py.)
 """
 
 import asyncio
+import gc
 import os
+import random
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
+from copy import copy
+from functools import cache
 from pathlib import Path
 
+import psycopg
 import pytest
+from fasteners import InterProcessLock  # type: ignore[import-untyped]
 from hypothesis import HealthCheck, settings
 
 from lesson_loader import Lesson, all_lessons, lesson_number
-from server import DESCRIPTIONS, Kind, new_database, running_server
+from server import DESCRIPTIONS, Databases, Kind, running_server
 from shared import EmbeddedPostgres, Pool, Queries, load_queries, open_pool
 
 # The machine may be busy: no test fails for being slow.
@@ -33,6 +39,8 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 SERVER = pytest.StashKey[Kind]()
+PREPARED = "TEST_PREPARED_DIRECTORY"  # in the environment, for all processes of a test run
+queries_of = cache(load_queries)  # which parses for as long as a small test runs
 NOT_COLLECTED = None  # in place of a lesson, where a test holds for none of those chosen
 
 
@@ -60,6 +68,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             raise pytest.UsageError(f"{error} (The tests ask for TEST_DATABASE_URL.)") from None
         session.config.stash[SERVER] = kind
         os.environ["TEST_DATABASE_URL"] = url
+        if PREPARED not in os.environ:
+            place = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+            os.environ[PREPARED] = stack.enter_context(place)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -69,6 +80,14 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def chosen_lessons(config: pytest.Config) -> list[Path]:
     paths: list[Path] | None = config.getoption("--lesson")
     return [path.resolve() for path in paths] if paths else all_lessons()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Without the garbage collector, which takes a fifth of that time and finds nothing."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -101,6 +120,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return callspec.params["lesson"] is not NOT_COLLECTED
 
     items[:] = filter(wanted, items)
+    if hasattr(config, "workerinput"):
+        # One process of several, which all need the same order. Mixed, since those of a file are
+        # alike: some need the processor, and some only wait.
+        random.Random(0).shuffle(items)
+        items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 if sys.platform == "win32":
@@ -116,10 +140,18 @@ def server_url() -> str:
     return os.environ["TEST_DATABASE_URL"]
 
 
+@pytest.fixture(scope="session")
+def databases(server_url: str) -> Iterator[Databases]:
+    """The databases of this process's tests."""
+    databases = Databases(server_url)
+    with databases.created:
+        yield databases
+
+
 @pytest.fixture
-def database(server_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The connection string of this test's own empty database, which is also its DATABASE_URL."""
-    with new_database(server_url) as url:
+def database(databases: Databases, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The connection string of an empty database, this test's alone, which is its DATABASE_URL."""
+    with databases.lend() as url:
         monkeypatch.setenv("DATABASE_URL", url)
         yield url
 
@@ -139,18 +171,25 @@ async def pool(lesson: Lesson, database: str) -> AsyncIterator[Pool]:
 
 @pytest.fixture
 def queries(lesson: Lesson) -> Queries:
-    """The lesson's queries."""
-    return load_queries(lesson.path)
+    """The lesson's queries; a test may put others in place of some."""
+    return copy(queries_of(lesson.path))
 
 
 @pytest.fixture(scope="session")
-def prepared_directory() -> Iterator[Path]:
+def prepared_directory() -> Path:
     """The directory of an embedded Postgres that does not run; for copying, which is quicker."""
-    with tempfile.TemporaryDirectory() as place:
-        server = EmbeddedPostgres(Path(place) / "postgres")
-        server.start()
-        server.stop()
-        yield server.directory
+    place = Path(os.environ[PREPARED])
+    with InterProcessLock(place / "lock"):
+        server = EmbeddedPostgres(place / "postgres")
+        if not (place / "is_prepared").exists():
+            with psycopg.connect(server.start(), autocommit=True) as conn:
+                # Two thirds of all files, and nobody needs them.
+                for name in ("template0", "template1"):
+                    conn.execute(f"ALTER DATABASE {name} IS_TEMPLATE false".encode())
+                    conn.execute(f"DROP DATABASE {name}".encode())
+            server.stop()
+            (place / "is_prepared").touch()
+    return server.directory
 
 
 @pytest.fixture

@@ -51,18 +51,25 @@ class Lab:
         async with working(self.worker(*functions)):
             return await finished(self.pool, id)
 
+    @property
+    def of_branch(self) -> tuple[str, str]:
+        """One more column, and its value, for an INSERT into durable_events, if there is one."""
+        return (", branch_id", ", 1") if self.lesson.number >= 15 else ("", "")
+
     async def tasks(self) -> list[dict[str, Any]]:
         return await execute(self.pool, "SELECT * FROM tasks ORDER BY id")
 
     async def children(self, id: int) -> list[dict[str, Any]]:
         """The children of a durable task in the order of its log, with event ids and keys."""
+        is_current = "abandoned_in IS NULL" if self.lesson.number >= 15 else "true"
         return await execute(
             self.pool,
-            """
+            f"""
             SELECT event_id, key, tasks.*
             FROM durable_events
             JOIN tasks ON tasks.id = child_task_id
             WHERE task_id = %s
+              AND {is_current}
             ORDER BY event_id
             """,
             id,

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 FINISHED = ("COMPLETED", "FAILED")
 
+SIGNALS = ("approval", "news")
+TIMERS = ("sleep", *SIGNALS)  # children that no worker runs
+
 # Postgres's row locks, as far as the engine takes them: FOR KEY SHARE, NO KEY UPDATE, UPDATE.
 KEY_SHARE, NO_KEY_UPDATE, UPDATE = 1, 2, 3
 
@@ -40,6 +43,26 @@ class Event(NamedTuple):
     task_name: str
     input: Any
     child: int
+    branch: int  # in which it was written
+
+
+class Branch(NamedTuple):
+    """One that was left: where, with what outcome, and the events that the next one lacks."""
+
+    from_event: int
+    status: str
+    output: Any
+    abandoned: list[Event]
+
+
+@dataclass
+class Signal:
+    """What a task was sent, and the wait that has received it."""
+
+    name: str
+    payload: Any
+    idempotency_key: str | None
+    received_by: int | None = None
 
 
 class Text:
@@ -67,7 +90,7 @@ class ModelTask:
     priority: int
     is_durable: bool
     overdue: bool | None = None  # has its schedule timeout passed? None: there is none
-    is_due: bool | None = None  # has the time to wake it up come? None: it is no sleep
+    is_due: bool | None = None  # has the time to wake it up come? None: it has none
     status: str = "QUEUED"
     output: Any = None
     finished: bool = False
@@ -75,6 +98,7 @@ class ModelTask:
     worker: int | None = None
     attempt: int = 0
     lost_count: int = 0
+    branch_id: int = 1
 
 
 class Brief(NamedTuple):
@@ -96,6 +120,8 @@ def brief(task: ModelTask) -> Brief:
 class Model:
     tasks: dict[int, ModelTask] = field(default_factory=dict)
     logs: dict[int, list[Event]] = field(default_factory=dict)
+    branches: dict[int, list[Branch]] = field(default_factory=dict)
+    signals: dict[int, list[Signal]] = field(default_factory=dict)
     workers: dict[int, str] = field(default_factory=dict)  # fresh, silent, inactive or ahead
     locks: Locks = field(default_factory=dict)
     now: int = 0  # when the transaction began; like the next two, only for comparison
@@ -107,12 +133,16 @@ class Model:
         for id in ids:
             self.tasks[id] = other.tasks[id]
             self.logs[id] = other.logs[id]
+            self.branches[id] = other.branches[id]
+            self.signals[id] = other.signals[id]
             for mine, theirs in ((self.started, other.started), (self.ended, other.ended)):
                 mine.update({id: theirs[id]} if id in theirs else {})
 
     def create(self, task: ModelTask) -> Brief:
         self.tasks[task.id] = task
         self.logs[task.id] = []
+        self.branches[task.id] = []
+        self.signals[task.id] = []
         self._touch([task])
         return brief(task)
 
@@ -235,11 +265,11 @@ class Model:
         return len(inactive)
 
     def append(
-        self, claim: Claim, event_id: int, event: Event, seconds: float = 0
+        self, claim: Claim, event_id: int, event: Event, seconds: float | None = 0
     ) -> tuple[int, bool]:
         """Returns the child of that event in the log, and whether it was there already.
 
-        A sleep is recorded without its `seconds`.
+        A sleep, or a wait for a signal, is recorded without its `seconds`.
         """
         parent = self.owned(claim)
         if parent is None:
@@ -251,11 +281,14 @@ class Model:
             if recorded[:2] != event[:2]:
                 raise Refused("NonDeterminismError")
             return recorded.child, True
-        log.append(event)
+        log.append(event._replace(branch=parent.branch_id))
         self.started[event.child] = self.now
-        if event.task_name == "sleep":
-            child = ModelTask(event.child, parent.queue, "sleep", {"seconds": seconds}, 0, 1, False)
-            child.status, child.is_due = "SLEEPING", seconds == 0
+        if event.task_name in TIMERS:
+            input = {"seconds": seconds}
+            child = ModelTask(event.child, parent.queue, event.task_name, input, 0, 1, False)
+            child.status = "SLEEPING"
+            child.is_due = None if seconds is None else seconds == 0
+            child.output = None if event.task_name == "sleep" else {"timed_out": True}
         else:
             child = ModelTask(
                 id=event.child,
@@ -267,7 +300,34 @@ class Model:
                 is_durable=event.task_name == "order",
             )
         self.create(child)
+        if event.task_name in SIGNALS:
+            self._deliver(parent, event.task_name, set())
         return event.child, False
+
+    def send(self, id: int, signal: Signal, held: set[int]) -> None:
+        """A repeated key changes nothing, whatever state the task is in."""
+        task = self.tasks.get(id)
+        if task is None:
+            raise Refused("ValueError")
+        self._touch([task])
+        keys = {sent.idempotency_key for sent in self.signals[id]} - {None}
+        if signal.idempotency_key in keys:
+            return
+        if not task.is_durable or task.status in FINISHED:
+            raise Refused("ValueError")
+        self.signals[id].append(signal)
+        self._deliver(task, signal.name, held)
+
+    def _deliver(self, task: ModelTask, name: str, held: set[int]) -> None:
+        """The oldest signal that is left, to the oldest wait that nobody holds."""
+        waits = [self.tasks[event.child] for event in self.logs[task.id] if event.task_name == name]
+        free = [wait for wait in waits if wait.status == "SLEEPING" and wait.id not in held]
+        unreceived = (s for s in self.signals[task.id] if s.name == name and s.received_by is None)
+        for wait, signal in zip(free[:1], unreceived, strict=False):
+            signal.received_by = wait.id
+            wait.status, wait.output = "COMPLETED", {"payload": signal.payload}
+            self._finish(wait)
+            self._touch_and_wake_parents([wait])
 
     def failed_child(self, id: int) -> ModelTask | None:
         """The child that a failed task's output names."""
@@ -291,22 +351,28 @@ class Model:
         for each in tasks:
             self._reset(each)
 
-    def replay(self, id: int, held: set[int]) -> None:
+    def fork(self, id: int, from_event: int, held: set[int]) -> None:
         """It does not wait for children that others hold, who may be finishing them."""
         task = self._resettable(id, *FINISHED)
-        parents = [id]
+        log = self.logs[id]
+        if not 1 <= from_event <= len(log) + 1:
+            raise Refused("ValueError")
+        kept, left = log[: from_event - 1], log[from_event - 1 :]
+        events = left
         abandoned: list[ModelTask] = []
-        while parents:
-            children = [self.tasks[e.child] for parent in parents for e in self.logs[parent]]
+        while events:
+            children = [self.tasks[event.child] for event in events]
             self._touch([child for child in children if child.id not in held])
             if any(child.status == "RUNNING" or child.id in held for child in children):
                 raise Refused("ValueError")
             abandoned += [child for child in children if child.status not in FINISHED]
-            parents = [child.id for child in children]
+            events = [event for child in children for event in self.logs[child.id]]
         for child in abandoned:
             self._fail(child)
         self._wake_parents(abandoned)
-        self.logs[id] = []
+        self.branches[id].append(Branch(from_event, task.status, task.output, left))
+        self.logs[id] = kept
+        task.branch_id += 1
         self._reset(task)
 
     def _resettable(self, id: int, *states: str) -> ModelTask:
@@ -317,15 +383,27 @@ class Model:
         self._touch([each for each in (parent, task if is_free else None) if each is not None])
         if task is None or not task.is_durable or task.status not in states:
             raise Refused("ValueError")
+        if self._is_abandoned(id):
+            raise Refused("ValueError")
         if parent is not None and parent.status not in FINISHED:
             raise Refused("ValueError")
         return task
 
     def parent(self, id: int) -> ModelTask | None:
-        """The task whose log has this one as a child."""
-        logs = self.logs.items()
-        parents = (self.tasks[p] for p, log in logs if any(event.child == id for event in log))
-        return next(parents, None)
+        """The task whose log, on whatever branch, has this one as a child."""
+        parents = (p for p in self.tasks if any(e.child == id for e in self._all_events(p)))
+        return next((self.tasks[p] for p in parents), None)
+
+    def _all_events(self, id: int) -> list[Event]:
+        return self.logs[id] + [e for branch in self.branches[id] for e in branch.abandoned]
+
+    def _is_abandoned(self, id: int) -> bool:
+        """Whether it, or one that it descends from, is on a branch that was left."""
+        parent = self.parent(id)
+        if parent is None:
+            return False
+        is_current = any(event.child == id for event in self.logs[parent.id])
+        return not is_current or self._is_abandoned(parent.id)
 
     def _reset(self, task: ModelTask) -> None:
         self._touch([task])

@@ -11,18 +11,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
-from shared import Pool
+from shared import Connection, Pool
 
 QUEUE = "q"
 DEADLINE = 20.0  # seconds; generous, since it is only ever reached by a test that fails
 WORKER_PROCESS = Path(__file__).parent / "worker_process.py"
 
 # For worker_process and monkeypatch: quick, and still far enough apart on a busy machine.
-QUICK = {"HEARTBEAT_INTERVAL": 0.1, "INACTIVE_AFTER": 1.0, "POLL_INTERVAL": 0.02}
+QUICK = {"HEARTBEAT_INTERVAL": 0.1, "INACTIVE_AFTER": 1.0, "POLL_INTERVAL": 0.05}
 
 
 async def execute(pool: Pool, statement: str, *parameters: Any) -> list[dict[str, Any]]:
@@ -64,15 +65,17 @@ async def wait_for(
 
     The condition may be a plain or an async function.
     """
-    deadline = time.monotonic() + seconds
+    start = time.monotonic()
     while True:
         value = condition()
         if isinstance(value, Awaitable):
             value = await value
         if value:
             return value
-        assert time.monotonic() < deadline, f"waited in vain for {seconds:g} s until {what}"
-        await asyncio.sleep(0.01)
+        waited = time.monotonic() - start
+        assert waited < seconds, f"waited in vain for {seconds:g} s until {what}"
+        # Often at first and then seldom: it is a query, and there are other tests.
+        await asyncio.sleep(min(0.01 + waited / 10, 0.1))
 
 
 async def wait_for_status(pool: Pool, id: int, *wanted: str) -> dict[str, Any]:
@@ -89,6 +92,23 @@ async def wait_for_status(pool: Pool, id: int, *wanted: str) -> dict[str, Any]:
 async def finished(pool: Pool, id: int) -> dict[str, Any]:
     """Wait until a task has COMPLETED or FAILED; return its row."""
     return await wait_for_status(pool, id, "COMPLETED", "FAILED")
+
+
+async def write_outcome(
+    queries: Any, conn: Connection, id: int, worker_id: UUID, attempt: int, status: str, output: Any
+) -> int:
+    """Write how an attempt ended, with the lesson's own statement; return how many rows match."""
+    if hasattr(queries, "write_outcomes"):
+        row = {"id": id, "worker_id": str(worker_id), "attempt": attempt}
+        rows = json.dumps([row | {"status": status, "output": output}])
+        return len([row async for row in queries.write_outcomes(conn, rows=rows)])
+    query = {
+        "COMPLETED": queries.complete_task,
+        "FAILED": queries.fail_task,
+        "QUEUED": queries.requeue_failed_task,
+    }[status]
+    output = Jsonb(output)
+    return int(await query(conn, id=id, worker_id=worker_id, attempt=attempt, output=output))
 
 
 def set_globals(lesson: Any, settings: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,15 +41,36 @@ def all_lessons() -> list[Path]:
     return sorted(LESSONS.glob("[0-9][0-9]-*"))
 
 
+LAST = lesson_number(all_lessons()[-1])
+
+
 def load_modules(path: Path) -> dict[str, ModuleType]:
     """Import all modules of a lesson anew, and leave no trace of them in sys.modules."""
     names = [file.stem for file in sorted(path.glob("*.py"))]
-    with without_modules(names):
+    with without_modules(names), compiling_once():
         sys.path.insert(0, str(path))
         try:
             return {name: importlib.import_module(name) for name in names}
         finally:
             sys.path.remove(str(path))
+
+
+# Deleted at the end of the process.
+CACHE = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
+
+
+@contextmanager
+def compiling_once() -> Iterator[None]:
+    """Within this block what is compiled is kept, but not in the directories of the lessons.
+
+    A lesson is loaded for each of its tests, and to compile it takes longest.
+    """
+    before = sys.pycache_prefix, sys.dont_write_bytecode
+    sys.pycache_prefix, sys.dont_write_bytecode = CACHE.name, False
+    try:
+        yield
+    finally:
+        sys.pycache_prefix, sys.dont_write_bytecode = before
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Literal
 from uuid import uuid4
 
 import psycopg
+from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from shared import EmbeddedPostgres
@@ -110,3 +112,58 @@ def new_database(server_url: str, options: str = "") -> Iterator[str]:
             if conn.broken:  # by a test that restarts the server
                 conn = psycopg.connect(server_url, autocommit=True)
             conn.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+
+class Databases:
+    """Empty databases, lent to one test after the other.
+
+    To empty one takes a tenth of the time that it takes to create and drop one.
+    """
+
+    def __init__(self, server_url: str) -> None:
+        self.server_url = server_url
+        self.created = ExitStack()
+        self.empty: list[str] = []
+
+    @contextmanager
+    def lend(self) -> Iterator[str]:
+        """The connection string of an empty database, for this block alone."""
+        if not self.empty:
+            self.empty.append(self.created.enter_context(new_database(self.server_url)))
+        url = self.empty.pop()
+        yield url
+        if emptied(url):
+            self.empty.append(url)
+
+
+# Whatever is not as in a new database, other than schemas.
+UNUSUAL = """
+SELECT FROM pg_db_role_setting JOIN pg_database ON setdatabase = pg_database.oid
+WHERE datname = current_database()
+UNION ALL SELECT FROM pg_class WHERE relnamespace = 'public'::regnamespace
+UNION ALL SELECT FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+"""
+END_OTHERS = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE datname = current_database() AND backend_type = 'client backend'
+    AND pid <> pg_backend_pid()
+"""
+SCHEMAS = "SELECT nspname FROM pg_namespace WHERE nspname !~ '^(pg_.*|information_schema|public)$'"
+
+
+def emptied(url: str) -> bool:
+    """End the sessions of a database and drop its schemas. Whether it is as good as new then."""
+    deadline = time.monotonic() + 5
+    try:
+        with psycopg.connect(url, autocommit=True) as conn:
+            while conn.execute(END_OTHERS).fetchall():
+                if time.monotonic() > deadline:  # somebody connects again and again
+                    return False
+                time.sleep(0.005)
+            if conn.execute(UNUSUAL).fetchall():
+                return False
+            for row in conn.execute(SCHEMAS).fetchall():
+                conn.execute(sql.SQL("DROP SCHEMA {} CASCADE").format(sql.Identifier(*row)))
+            return True
+    except psycopg.Error:
+        return False

@@ -21,10 +21,11 @@ from helpers import (
     wait_for,
     working,
 )
+from lesson_loader import LAST
 from shared import Pool
 
 # Lesson 03 treats values as 02 does, and 05 to 09 as 04 does.
-pytestmark = pytest.mark.only(2, 4, 7, 13)
+pytestmark = pytest.mark.only(2, 4, 7, LAST)
 
 CIRCULAR: list[Any] = []
 CIRCULAR.append(CIRCULAR)
@@ -210,7 +211,7 @@ ODD_VALUES = [
 
 
 @pytest.mark.since(10)
-@pytest.mark.only(10, 13)
+@pytest.mark.only(10, LAST)
 @pytest.mark.flaw(9, reason="a time or an interval that Python cannot hold ends the workers")
 async def test_odd_values_are_refused_by_the_table_or_do_no_harm_to_others(
     lesson: Any, pool: Pool, queries: Any
@@ -304,7 +305,7 @@ async def has_failed(pool: Pool, id: int) -> bool:
 
 
 @pytest.mark.since(10)
-@pytest.mark.only(10, 13)
+@pytest.mark.only(10, LAST)
 @pytest.mark.flaw(9, reason="a function that raises what is no Exception ends its worker")
 async def test_a_function_that_raises_what_is_no_exception_does_not_stop_the_worker(
     lesson: Any, pool: Pool, queries: Any
@@ -320,7 +321,7 @@ async def test_a_function_that_raises_what_is_no_exception_does_not_stop_the_wor
 
 
 @pytest.mark.since(10)
-@pytest.mark.only(10, 13)
+@pytest.mark.only(10, LAST)
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 async def test_nothing_a_function_does_stops_the_worker(
     lesson: Any, pool: Pool, queries: Any

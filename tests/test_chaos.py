@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from lesson_loader import LAST
+
 RUN = Path(__file__).parent / "chaos" / "run.py"
 
 
+@pytest.mark.long
 @pytest.mark.since(7)
-@pytest.mark.only(7, 13)
+@pytest.mark.only(LAST)  # test_crash_only.py is for lesson 07
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot stop a process")
 def test_no_crash_loses_or_repeats_a_step_of_an_order(lesson: Any) -> None:
     """The environment variable CHAOS_SEED gives the faults of an earlier run again.

@@ -81,7 +81,7 @@ class Shop:
                 self.alive.add(process.pid)
                 self.ends.append(await process.wait())
                 self.alive.remove(process.pid)
-            await asyncio.sleep(0.1)  # as a supervisor does, lest it spins
+            await asyncio.sleep(0.5)  # as a supervisor does, lest it spins
 
     async def give_work(self, stubborn: bool = False) -> int:
         """Enqueue some tasks, and wait until a worker runs some; return its process id."""

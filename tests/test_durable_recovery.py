@@ -32,11 +32,12 @@ from helpers import (
     worker_process,
     working,
 )
+from lesson_loader import LAST
 from shared import Pool, open_connection
 from shared.database import CancellablePool
 
 # Between them only outages and stopping are added.
-pytestmark = [pytest.mark.since(7), pytest.mark.only(7, 13)]
+pytestmark = [pytest.mark.since(7), pytest.mark.only(7, LAST)]
 SCRIPT = Path(__file__).parent / "durable_process.py"
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal")
 
@@ -128,7 +129,7 @@ async def test_a_zombie_changes_nothing(lab: Lab, tmp_path: Path) -> None:
 
 
 @pytest.mark.since(9)
-@pytest.mark.only(9, 13)
+@pytest.mark.only(9, LAST)
 @posix_only
 async def test_a_shutdown_does_not_wait_for_durable_tasks(lab: Lab, tmp_path: Path) -> None:
     """They go back to the queue at once, with no retry spent, and the next worker goes on."""
@@ -209,6 +210,7 @@ class BreakingPool:
         await execute(self.pool, "SELECT pg_terminate_backend(%s, 5000)", conn.info.backend_pid)
 
 
+@pytest.mark.until(15)  # test_batches has it for 16
 @pytest.mark.parametrize("before_commit", [True, False], ids=["before COMMIT", "after COMMIT"])
 async def test_a_connection_lost_at_the_commit_costs_nothing(lab: Lab, before_commit: bool) -> None:
     async def parent(context: Any, input: Any) -> Any:
@@ -228,7 +230,7 @@ async def test_a_connection_lost_at_the_commit_costs_nothing(lab: Lab, before_co
 
 
 @pytest.mark.since(8)
-@pytest.mark.only(8, 13)
+@pytest.mark.only(8, LAST)
 @pytest.mark.flaw(7, reason="lost connections end the worker, and all it was doing is done again")
 async def test_orders_survive_the_loss_of_all_connections_again_and_again(lab: Lab) -> None:
     async def parent(context: Any, input: Any) -> Any:
@@ -266,7 +268,7 @@ async def until_read(pool: Pool, id: int) -> dict[str, Any]:
             await asyncio.sleep(0.1)
 
 
-@pytest.mark.only(13)
+@pytest.mark.only(LAST)
 async def test_a_cancellation_is_not_lost_while_a_connection_is_handed_over(pool: Pool) -> None:
     """Or a busy worker would go on when it is told to end."""
     assert isinstance(pool, CancellablePool)
@@ -312,7 +314,7 @@ def counted(queries: Any, calls: list[dict[str, Any]]) -> SimpleNamespace:
 
 
 @pytest.mark.since(8)
-@pytest.mark.only(8, 13)
+@pytest.mark.only(8, LAST)
 @pytest.mark.flaw(7, reason="steps that are started at once hold a connection each while they wait")
 async def test_however_many_steps_a_task_starts_at_once_they_hold_one_connection(lab: Lab) -> None:
     """They all lock its row. If each of them waited for it with a connection, none were left."""
@@ -343,7 +345,8 @@ async def test_however_many_steps_a_task_starts_at_once_they_hold_one_connection
         await wait_for(has_completed, "it has completed", seconds=120)
 
 
-@pytest.mark.only(7, 8, 13)
+@pytest.mark.until(15)  # test_batches has it for 16
+@pytest.mark.only(7, 8, 15)
 async def test_steps_that_wait_for_their_turn_are_not_started_after_their_order_has_failed(
     lab: Lab,
 ) -> None:
@@ -411,7 +414,7 @@ async def assert_cheap(lab: Lab, calls: list[Any], interval: float) -> None:
     assert row["n"] <= lab.pool.max_size + own + 1, "more than the pool, its own and this test"
 
 
-@pytest.mark.only(11, 13)
+@pytest.mark.only(11, LAST)
 async def test_a_thousand_waiting_tasks_cost_one_query_and_no_connection(lab: Lab) -> None:
     quiet_but_for_polls = {"POLL_INTERVAL": 0.1, "HEARTBEAT_INTERVAL": 2, "INACTIVE_AFTER": 60}
     set_globals(lab.lesson, quiet_but_for_polls | {"SUSPEND_AFTER": 3600})

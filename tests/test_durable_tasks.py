@@ -22,10 +22,11 @@ from helpers import (
     wait_for,
     working,
 )
+from lesson_loader import LAST
 from shared import Pool
 
 # Between them only outages and stopping are added.
-pytestmark = [pytest.mark.since(7), pytest.mark.only(7, 13)]
+pytestmark = [pytest.mark.since(7), pytest.mark.only(7, LAST)]
 
 
 @pytest.fixture
@@ -465,7 +466,7 @@ async def test_a_child_that_nobody_has_registered_waits_for_somebody_who_has(lab
 
 
 @pytest.mark.since(10)
-@pytest.mark.only(10, 13)
+@pytest.mark.only(10, LAST)
 @pytest.mark.flaw(
     9, reason="a child's output that Python cannot read reaches its parent all the same"
 )
@@ -667,7 +668,7 @@ async def test_an_attempt_that_does_something_else_fails_for_good(
 
 
 @pytest.mark.since(10)
-@pytest.mark.only(10, 13)
+@pytest.mark.only(10, LAST)
 @pytest.mark.flaw(9, reason="a CancelledError of the function's own hides its non-determinism")
 async def test_an_attempt_that_hides_what_it_did_fails_for_good(lab: Lab) -> None:
     await assert_it_fails_for_good(lab, caught_and_cancelled)
@@ -808,7 +809,7 @@ async def test_an_attempt_whose_worker_is_cancelled_can_start_no_more_steps(
 
 
 @pytest.mark.since(9)
-@pytest.mark.only(9, 13)
+@pytest.mark.only(9, LAST)
 @pytest.mark.parametrize("way", WAYS)
 async def test_an_attempt_whose_worker_stops_can_start_no_more_steps(lab: Lab, way: str) -> None:
     await assert_the_next_attempt_completes(lab, way, asyncio.Event(), "stop")
@@ -871,7 +872,7 @@ async def test_a_time_out_is_one_whatever_the_function_raises_after_it(lab: Lab)
 
 
 @pytest.mark.since(10)
-@pytest.mark.only(10, 13)
+@pytest.mark.only(10, LAST)
 @pytest.mark.flaw(9, reason="what a durable function leaves behind goes on beside its next attempt")
 async def test_what_a_failed_gather_leaves_behind_has_ended_before_the_attempt(lab: Lab) -> None:
     """Or it would go on beside the next attempt, and write the same log."""
@@ -913,7 +914,7 @@ async def test_what_a_failed_gather_leaves_behind_has_ended_before_the_attempt(l
 
 
 @pytest.mark.since(10)
-@pytest.mark.only(10, 13)
+@pytest.mark.only(10, LAST)
 async def test_what_is_left_behind_and_ignores_its_cancellation_is_abandoned(lab: Lab) -> None:
     set_globals(lab.lesson, {"SHUTDOWN_GRACE": 0.1})
     may_end = asyncio.Event()
@@ -1035,7 +1036,7 @@ async def test_a_durable_task_may_raise_a_cancelled_error_of_its_own(lab: Lab) -
 
 
 @pytest.mark.since(10)
-@pytest.mark.only(10, 13)
+@pytest.mark.only(10, LAST)
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()], ids=repr)
 async def test_a_durable_task_may_raise_anything(lab: Lab, error: BaseException) -> None:
     await assert_it_is_retried_after(lab, error)

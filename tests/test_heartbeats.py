@@ -30,11 +30,11 @@ from helpers import (
     worker_process,
     working,
 )
-from lesson_loader import Lesson
+from lesson_loader import LAST, Lesson
 from shared import Pool, load_queries, open_connection, open_pool
 
 # The heartbeat of lessons 05 to 07 is that of 04, and that of 09 is that of 08; see test_tables.py.
-pytestmark = [pytest.mark.since(4), pytest.mark.only(4, 8, 13)]
+pytestmark = [pytest.mark.since(4), pytest.mark.only(4, 8, LAST)]
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="no such signals and subprocesses")
 
@@ -262,7 +262,7 @@ async def test_a_worker_that_cannot_beat_claims_nothing(
 
 
 @POSIX
-@pytest.mark.only(4, 7, 8, 13)
+@pytest.mark.only(4, 7, 8, LAST)
 @pytest.mark.flaw(3, reason="a task whose worker is killed stays RUNNING for ever")
 async def test_the_task_of_a_killed_worker_is_finished_by_another(
     lesson: Any, pool: Pool, queries: Any, tmp_path: Path
@@ -440,7 +440,7 @@ async def test_a_worker_that_has_just_started_gives_others_time_to_beat(
 
 
 @pytest.mark.since(8)
-@pytest.mark.only(13)
+@pytest.mark.only(LAST)
 async def test_a_worker_that_was_out_of_touch_gives_others_time_to_beat(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:
@@ -461,7 +461,7 @@ async def test_a_worker_that_was_out_of_touch_gives_others_time_to_beat(
 
 
 @pytest.mark.since(8)
-@pytest.mark.only(13)
+@pytest.mark.only(LAST)
 async def test_a_clock_that_is_set_back_costs_nobody_a_task(
     lesson: Any, database: str, tmp_path: Path
 ) -> None:
@@ -515,7 +515,7 @@ def with_a_clock(path: Path, place: Path) -> Lesson:
 
 
 @pytest.mark.since(10)
-@pytest.mark.only(10, 13)
+@pytest.mark.only(10, LAST)
 @pytest.mark.flaw(9, reason="a task that kills its worker goes on to kill worker after worker")
 async def test_a_task_that_has_lost_too_many_workers_fails(
     lesson: Any, pool: Pool, queries: Any
@@ -542,7 +542,7 @@ async def test_a_task_that_has_lost_too_many_workers_fails(
 
 
 @POSIX
-@pytest.mark.only(4, 7, 8, 13)
+@pytest.mark.only(4, 7, 8, LAST)
 async def test_a_worker_that_was_stopped_and_comes_back_changes_nothing(
     lesson: Any, pool: Pool, queries: Any, tmp_path: Path
 ) -> None:
@@ -581,7 +581,7 @@ async def test_a_worker_whose_row_was_deleted_registers_again_and_claims(
 
 
 @pytest.mark.since(8)
-@pytest.mark.only(13)
+@pytest.mark.only(LAST)
 async def test_nobody_loses_a_task_because_no_heartbeat_could_be_written(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from psycopg import sql
 
 from helpers import enqueue, execute, finished, make_worker, working
-from lesson_loader import all_lessons, lesson_number
+from lesson_loader import LAST, all_lessons, lesson_number
 from shared import EmbeddedPostgres, Pool, open_pool
 from shared.embedded import programs
 from shared.schema import schema_name
@@ -52,7 +52,7 @@ def worker_for(names: Any, lesson: Any, pool: Pool, queries: Any, *functions: An
 
 
 @pytest.mark.since(2)
-@pytest.mark.only(2, 4, 13)
+@pytest.mark.only(2, 4, LAST)
 @few_examples
 @example("'; DROP TABLE tasks; --", ALL_NASTY)
 @given(TEXTS, TASKS)
@@ -67,7 +67,7 @@ async def test_names_inputs_and_outputs_are_never_sql(
 
 
 @pytest.mark.since(7)
-@pytest.mark.only(7, 13)
+@pytest.mark.only(7, LAST)
 @few_examples
 @example("'; DROP TABLE tasks; --", ALL_NASTY)
 @given(TEXTS, TASKS)

@@ -29,10 +29,11 @@ from helpers import (
     worker_process,
     working,
 )
+from lesson_loader import LAST
 from shared import EmbeddedPostgres, Pool, load_queries, open_connection, open_pool
 
 # Before lesson 08 workers are crash-only; see test_crash_only.py.
-pytestmark = [pytest.mark.since(8), pytest.mark.only(8, 13)]
+pytestmark = [pytest.mark.since(8), pytest.mark.only(8, LAST)]
 
 # Nobody is taken for inactive, so that whatever happens is the work of the poll loop.
 ALONE = QUICK | {"INACTIVE_AFTER": 3600.0}
@@ -98,15 +99,23 @@ class CutsAfterTheFunction:
         return getattr(self.queries, name)
 
     async def complete_task(self, conn: Any, **values: Any) -> Any:
+        await self.cut(conn)
+        return await self.queries.complete_task(conn, **values)
+
+    async def write_outcomes(self, conn: Any, **values: Any) -> AsyncIterator[Any]:
+        await self.cut(conn)
+        async for row in self.queries.write_outcomes(conn, **values):
+            yield row
+
+    async def cut(self, conn: Any) -> None:
         self.times += 1
         if self.times == 1:
             async with await open_connection(self.pool) as other:
                 await other.execute("SELECT pg_terminate_backend(%s)", [conn.info.backend_pid])
-        return await self.queries.complete_task(conn, **values)
 
 
 @pytest.mark.since(4)
-@pytest.mark.only(4, 7, 8, 13)
+@pytest.mark.only(4, 7, 8, LAST)
 @pytest.mark.flaw(3, reason="a task that ends while its connection is cut ends FAILED")
 async def test_an_outage_is_never_the_tasks_failure(lesson: Any, pool: Pool, queries: Any) -> None:
     cutting = CutsAfterTheFunction(queries, pool)
@@ -320,7 +329,7 @@ async def test_a_worker_survives_a_restart_of_the_server(
     assert sorted(started) == list(range(10))
 
 
-@pytest.mark.only(13)
+@pytest.mark.only(LAST)
 async def test_a_worker_survives_a_server_that_is_read_only_for_a_while(
     lesson: Any, own_pool: Pool, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -361,7 +370,7 @@ async def test_a_worker_survives_a_server_that_is_read_only_for_a_while(
 
 
 @pytest.mark.since(9)
-@pytest.mark.only(13)
+@pytest.mark.only(LAST)
 @pytest.mark.skipif(sys.platform == "win32", reason="Postgres is stopped by a signal")
 async def test_a_worker_that_never_reached_the_database_can_be_stopped(
     lesson: Any, own_pool: Pool, server: EmbeddedPostgres
@@ -377,7 +386,7 @@ async def test_a_worker_that_never_reached_the_database_can_be_stopped(
 
 
 @pytest.mark.since(9)
-@pytest.mark.only(13)
+@pytest.mark.only(LAST)
 @pytest.mark.skipif(sys.platform == "win32", reason="Postgres is stopped by a signal")
 @pytest.mark.parametrize("seconds", [3600, 1], ids=["runs", "has ended"])
 async def test_a_worker_can_be_stopped_while_the_database_is_away(

@@ -26,11 +26,12 @@ from helpers import (
     wait_for,
     working,
 )
+from lesson_loader import LAST
 from shared import Pool
 
 # The worker of lessons 05 and 06 is that of 04; see test_tables.py. Those of 08 and 09 run tasks as
 # that of 07 does, those of 10 to 12 as that of 13, which also claims as they do.
-pytestmark = pytest.mark.only(2, 3, 4, 7, 13)
+pytestmark = pytest.mark.only(2, 3, 4, 7, LAST)
 
 NO_TICK = 3600.0  # seconds, for an interval that must not matter
 
@@ -69,7 +70,7 @@ async def fail(input: Any) -> Any:
 
 
 @pytest.mark.since(2)
-@pytest.mark.only(*range(2, 14))
+@pytest.mark.only(*range(2, LAST + 1))
 async def test_a_task_is_run_with_its_input_and_keeps_its_output(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:
@@ -232,7 +233,7 @@ class WaitsWithAnAnswer:
 
 
 @pytest.mark.since(3)
-@pytest.mark.only(3, 13)
+@pytest.mark.only(3, LAST)
 async def test_a_slot_that_comes_free_during_a_claim_is_filled_at_once_too(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:
@@ -319,7 +320,7 @@ async def test_each_claim_adds_one_to_attempt_and_names_the_worker(
 
 
 @pytest.mark.since(4)
-@pytest.mark.only(4, 7, 8, 9, 13)
+@pytest.mark.only(4, 7, 8, 9, LAST)
 async def test_a_worker_whose_start_was_cancelled_can_be_started_again(
     lesson: Any, pool: Pool, queries: Any
 ) -> None:
@@ -615,7 +616,7 @@ async def test_a_function_that_raises_after_its_timeout_has_timed_out_all_the_sa
 
 
 @pytest.mark.since(10)
-@pytest.mark.only(10, 13)
+@pytest.mark.only(10, LAST)
 @pytest.mark.flaw(9, reason="a function that swallows its cancellation completes after its timeout")
 async def test_a_function_that_swallows_the_cancellation_has_timed_out_all_the_same(
     lesson: Any, pool: Pool, queries: Any
@@ -657,7 +658,7 @@ async def test_a_task_that_timed_out_has_cleaned_up_before_its_next_attempt(
 
 
 @pytest.mark.since(10)
-@pytest.mark.only(10, 13)
+@pytest.mark.only(10, LAST)
 @pytest.mark.flaw(9, reason="a function that ignores its cancellation keeps its slot for ever")
 async def test_a_function_that_never_ends_is_abandoned_after_its_timeout(
     lesson: Any, pool: Pool, queries: Any

@@ -6,6 +6,7 @@
 import re
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,11 @@ READMES = [read_readme(ROOT, name) for name in readme_names(ROOT)]
 SCRIPTS = [script for readme in READMES for script in scripts(readme)]
 
 each_readme = pytest.mark.parametrize("readme", READMES, ids=lambda readme: readme.name)
+
+
+def marked(script: Script) -> Any:
+    """That of a whole README takes longer than those of its answers."""
+    return pytest.param(script, marks=[] if script.answer else pytest.mark.long)
 
 
 def assert_none(problems: Iterable[Problem]) -> None:
@@ -82,7 +88,9 @@ def test_diagrams(readme: Readme) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the commands are for bash")
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+@pytest.mark.parametrize(
+    "script", [marked(script) for script in SCRIPTS], ids=lambda script: script.name
+)
 def test_commands(script: Script, server_url: str) -> None:
     """What a command prints may depend on who was quicker: what is shown is to come of it again."""
     problems = list(script_problems(script, server_url))

@@ -38,7 +38,7 @@ from helpers import (
     wait_for,
     working,
 )
-from lesson_loader import Lesson
+from lesson_loader import LAST, Lesson
 from rubbish import (
     DEEDS,
     ENDS,
@@ -62,7 +62,7 @@ from shared.runtime import close_loop
 # Nothing that a function does harms others: that is lesson 10.
 pytestmark = [
     pytest.mark.since(10),
-    pytest.mark.only(10, 13),
+    pytest.mark.only(10, LAST),
     # Coroutines that nobody awaits and errors that nobody sees are what is wanted here.
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),

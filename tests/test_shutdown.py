@@ -24,11 +24,12 @@ from helpers import (
     worker_process,
     working,
 )
+from lesson_loader import LAST
 from shared import Pool
 
 pytestmark = [
     pytest.mark.since(9),
-    pytest.mark.only(9, 13),
+    pytest.mark.only(9, LAST),
     pytest.mark.skipif(sys.platform == "win32", reason="no such signals and subprocesses"),
 ]
 
@@ -81,7 +82,7 @@ async def test_a_task_that_outlives_the_grace_goes_back_to_the_queue(
 
 
 @pytest.mark.since(10)
-@pytest.mark.only(10, 13)
+@pytest.mark.only(10, LAST)
 @pytest.mark.flaw(
     9, reason="a function that ignores its cancellation keeps its worker from stopping"
 )
@@ -98,7 +99,7 @@ async def test_a_task_that_ignores_its_cancellation_cannot_keep_its_worker_from_
     await check_put_back(pool, id)
 
 
-@pytest.mark.only(13)
+@pytest.mark.only(LAST)
 async def test_the_heart_beats_on_during_the_grace(
     lesson: Any, pool: Pool, queries: Any, tmp_path: Path
 ) -> None:
@@ -210,7 +211,7 @@ async def test_a_signal_lets_start_return(lesson: Any, pool: Pool, queries: Any)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.only(13)
+@pytest.mark.only(LAST)
 async def test_cancelling_one_who_waits_for_a_connection_is_never_in_vain(pool: Pool) -> None:
     """Else a worker that is cancelled just then goes on for ever."""
     users = [asyncio.create_task(use_connections(pool)) for _ in range(2 * pool.max_size)]

@@ -1,11 +1,10 @@
 """Signals: each is received once, by one wait, whenever it comes; a wait ends in one way."""
 
 import asyncio
-import itertools
 import math
 import random
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
@@ -25,15 +24,15 @@ from helpers import (
     wait_for,
     wait_for_status,
     working,
+    write_outcome,
 )
+from lesson_loader import LAST
+from players import Player, orders, play, wait_for_lock_wait
 from shared import Pool
 
-pytestmark = [pytest.mark.since(14), pytest.mark.only(14)]
+pytestmark = [pytest.mark.since(14), pytest.mark.only(14, LAST)]
 
 AT_ONCE = timedelta(0)
-LOCK_WAITS = """
-SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'
-"""
 
 
 class SignalLab(Lab):
@@ -107,11 +106,6 @@ class Gate:
             return await query(*arguments, **keywords)
 
         return gated if name == self.name else query
-
-
-async def wait_for_lock_wait(pool: Pool) -> None:
-    """Return when some statement waits for a lock."""
-    await wait_for(lambda: execute(pool, LOCK_WAITS), "somebody waits for a lock")
 
 
 # Before, after, and at the same moment
@@ -546,28 +540,6 @@ async def test_the_columns_of_signals(lab: SignalLab) -> None:
 # Locks: statement by statement, in every order
 
 
-class Player:
-    """One of two transactions that are played against each other, a statement at each turn."""
-
-    def __init__(self, play: Any) -> None:
-        self.turns = asyncio.Semaphore(0)
-        self.is_waiting = False
-        self.deadlocks: list[BaseException] = []
-        self.task = asyncio.create_task(play(self))
-
-    async def turn(self) -> None:
-        self.is_waiting = True
-        await self.turns.acquire()
-        self.is_waiting = False
-
-    def go_on(self) -> None:
-        self.is_waiting = False
-        self.turns.release()
-
-    def is_at_rest(self) -> bool:
-        return self.is_waiting or self.task.done()
-
-
 class Turns:
     """Queries of which some wait for their player's turn."""
 
@@ -622,10 +594,8 @@ class Table:
         await player.turn()
         (step,) = [row for row in await self.lab.children(self.id) if row["task_name"] == "step"]
         async with self.lab.pool.connection() as conn, conn.transaction():
-            done = await self.lab.queries.complete_task(
-                conn, id=step["id"], worker_id=self.worker_id, attempt=0, output=None
-            )
-            assert done == 1
+            owner = (step["id"], self.worker_id, 0)
+            assert await write_outcome(self.lab.queries, conn, *owner, "COMPLETED", None) == 1
             await player.turn()
 
 
@@ -655,6 +625,8 @@ async def laid(lab: SignalLab, is_due: bool) -> AsyncIterator[Table]:
         asyncio.create_task(context.wait_for_signal("go", AT_ONCE if is_due else None)),
         asyncio.create_task(context.run_task("step", None)),
     ]
+    if lab.lesson.number >= 16:
+        calls.append(asyncio.create_task(children.steps.keep_sending()))
     try:
         await wait_for(lambda: len(context._waiting) == 2, "both calls wait")
         await execute(
@@ -679,42 +651,15 @@ PAIRS = [
 TURNS = {"deliver": 3, "wake": 2, "suspend": 2, "complete": 2}
 
 
-def orders(pair: tuple[str, str]) -> Iterator[list[int]]:
-    """All ways in which the turns of two can follow each other."""
-    turns = [TURNS[name] for name in pair]
-    for places in itertools.combinations(range(sum(turns)), turns[0]):
-        yield [0 if place in places else 1 for place in range(sum(turns))]
-
-
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 async def test_two_at_once_never_wait_for_each_other(lab: SignalLab, pair: tuple[str, str]) -> None:
-    for order in orders(pair):
+    for order in orders(*(TURNS[name] for name in pair)):
         async with laid(lab, is_due="wake" in pair) as table:
             players = [Player(getattr(table, name)) for name in pair]
-            for player in players:
-                await wait_for(player.is_at_rest, "it waits for its turn")
-            for number in order:
-                await let(lab, players, number)
-            for player in players:
-                for _ in range(9):
-                    player.turns.release()
-            await asyncio.wait_for(asyncio.gather(*(p.task for p in players)), 20)
+            outcomes = await play(lab.pool, players, order)
             assert [p.deadlocks for p in players] == [[], []], order
+            assert outcomes == [None, None], order
             await check(table, pair, order)
-
-
-async def let(lab: SignalLab, players: list[Player], number: int) -> None:
-    """Let one of them have its turn, until it is at the next one or waits for the other."""
-    already = sum(not player.is_at_rest() for player in players)
-    player = players[number]
-    if not player.is_at_rest():
-        return  # it waits for a lock still
-    player.go_on()
-
-    async def is_over() -> bool:
-        return player.is_at_rest() or len(await execute(lab.pool, LOCK_WAITS)) > already
-
-    await wait_for(is_over, "its turn is over")
 
 
 async def check(table: Table, pair: tuple[str, str], order: list[int]) -> None:

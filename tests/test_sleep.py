@@ -25,9 +25,10 @@ from helpers import (
     worker_process,
     working,
 )
+from lesson_loader import LAST
 from shared import Pool, open_connection
 
-pytestmark = [pytest.mark.since(12), pytest.mark.only(12, 13)]
+pytestmark = [pytest.mark.since(12), pytest.mark.only(12, LAST)]
 SCRIPT = Path(__file__).parent / "waiting_process.py"
 HOUR = timedelta(hours=1)
 ONCE = pytest.mark.only(12)  # what the next lesson does not touch
@@ -57,9 +58,10 @@ async def wait_for_sleeper(pool: Pool) -> dict[str, Any]:
     return rows[0]
 
 
-async def make_sleepers(pool: Pool, count: int, wake_at: str, per_parent: int = 1) -> None:
+async def make_sleepers(lab: Lab, count: int, wake_at: str, per_parent: int = 1) -> None:
     """Parents that run nowhere, and their sleeps; `wake_at` is an SQL expression over n."""
-    async with pool.connection() as conn:
+    column, value = lab.of_branch
+    async with lab.pool.connection() as conn:
         await conn.execute(
             f"""
             WITH parents AS (
@@ -73,9 +75,10 @@ async def make_sleepers(pool: Pool, count: int, wake_at: str, per_parent: int = 
                 FROM generate_series(1, {count}) AS n
                 RETURNING id
             )
-            INSERT INTO durable_events (task_id, event_id, kind, key, child_task_id)
+            INSERT INTO durable_events (task_id, event_id, kind, key, child_task_id{column})
             SELECT
                 parent.id, (child.n - 1) / {count // per_parent} + 1, 'SLEEP_STARTED', '', child.id
+                {value}
             FROM (SELECT id, row_number() OVER () AS n FROM children) AS child
             JOIN (SELECT id, row_number() OVER () AS n FROM parents) AS parent
               ON parent.n = (child.n - 1) % {count // per_parent} + 1
@@ -392,7 +395,7 @@ async def test_it_wakes_up_late_if_there_was_nobody_to_wake_it(lab: Lab, tmp_pat
 
 async def test_two_workers_wake_each_sleeper_once(lab: Lab) -> None:
     """Whoever comes second takes what the first has not locked, and waits for nobody."""
-    await make_sleepers(lab.pool, 20, "now() - n * interval '1 s'")
+    await make_sleepers(lab, 20, "now() - n * interval '1 s'")
     async with (
         await open_connection(lab.pool) as one,
         await open_connection(lab.pool) as other,
@@ -441,7 +444,7 @@ async def test_many_that_are_due_at_once_are_woken_in_batches_and_no_beat_is_lat
         """,
     )
     set_globals(lab.lesson, {"BATCH_SIZE": 200})
-    await make_sleepers(lab.pool, 1000, "now() - interval '1 s'", per_parent=5)
+    await make_sleepers(lab, 1000, "now() - interval '1 s'", per_parent=5)
     happened: list[str] = []
     queries = lab.queries
 
@@ -493,8 +496,8 @@ def rows_read(nodes: list[dict[str, Any]]) -> float:
 @pytest.mark.parametrize("analyzed", [True, False], ids=["analyzed", "not analyzed"])
 async def test_sleepers_that_are_not_due_cost_nobody_anything(lab: Lab, analyzed: bool) -> None:
     """The plans are the same with 20,000 and with a million."""
-    await make_sleepers(lab.pool, 20_000, "now() + n * interval '1 s'")
-    await make_sleepers(lab.pool, 10, "now() - n * interval '1 s'")
+    await make_sleepers(lab, 20_000, "now() + n * interval '1 s'")
+    await make_sleepers(lab, 10, "now() - n * interval '1 s'")
     await execute(
         lab.pool,
         """

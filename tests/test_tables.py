@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from helpers import QUEUE, enqueue, execute, get_task
-from lesson_loader import LESSONS
+from lesson_loader import LAST, LESSONS
 from shared import Connection, Pool, load_queries
 
 # Section 5 of the design: column, type, nullable, does it have a default? By the first lesson.
@@ -38,11 +38,12 @@ TASKS = {
     7: [("is_durable", "boolean", False, True)],
     10: [("lost_count", "integer", False, True)],
     12: [("wake_at", "timestamp with time zone", True, False)],
+    15: [("branch_id", "integer", False, True)],
 }
 # From lesson 10 on times and intervals are domains.
 DOMAINS = {"interval": "readable_interval", "timestamp with time zone": "readable_time"}
 
-FEW = pytest.mark.only(2, 4, 7, 10, 12)  # the lessons in which these tables change
+FEW = pytest.mark.only(2, 4, 7, 10, 12, 15)  # the lessons in which these tables change
 
 WORKERS = [
     ("id", "uuid", False),
@@ -106,6 +107,8 @@ async def test_queue_task_name_and_input_make_a_valid_task(lesson: Any, pool: Po
         expected["is_durable"] = False
     if lesson.number >= 10:
         expected["lost_count"] = 0
+    if lesson.number >= 15:
+        expected["branch_id"] = 1
     assert {name: value for name, value in row.items() if value is not None} == {
         **expected,
         "id": row["id"],
@@ -155,6 +158,10 @@ SAME_FILES = {
     "notifications.py",
     "13 14": "worker.py slots.py heartbeat.py housekeeping.py children.py rerun.py event_log.py "
     "call.py models.py notifications.py",
+    "14 15": "worker.py slots.py heartbeat.py housekeeping.py children.py durable_context.py "
+    "errors.py call.py notifications.py signals.py",
+    "15 16": "slots.py heartbeat.py housekeeping.py rerun.py event_log.py errors.py call.py "
+    "models.py notifications.py signals.py",
 }
 # Queries that are not what they are in the lesson before.
 CHANGED_QUERIES = {
@@ -166,6 +173,8 @@ CHANGED_QUERIES = {
     "12": "abandon_tasks reset_tasks",
     "13": "abandon_tasks lock_children notify wake_tasks",
     "14": "",
+    "15": "append_event get_event get_events lock_children lock_failed_child",
+    "16": "",
 }
 OF_DEMOS = {"create_payment", "get_payments", "get_waits"}
 
@@ -224,7 +233,7 @@ async def explain_claim(conn: Connection, lesson: Any, queries: Any) -> dict[str
 
 
 @pytest.mark.since(3)
-@pytest.mark.only(3, 4, 13)  # lessons with an index, or a claim, of their own
+@pytest.mark.only(3, 4, LAST)  # lessons with an index, or a claim, of their own
 async def test_finished_tasks_cost_the_claim_nothing(lesson: Any, pool: Pool, queries: Any) -> None:
     """The claim reads as many rows as it returns, and not one of 200,000 finished ones."""
     async with pool.connection() as conn:

@@ -105,7 +105,7 @@ class WatchedPool(CancellablePool):
 
     watch: Watch
 
-    async def getconn(self, timeout: float | None = None) -> Connection:  # noqa: ASYNC109
+    async def getconn(self, timeout: float | None = None) -> Connection:
         async with self.watch.around("getconn"):
             return await super().getconn(timeout)
 

@@ -36,7 +36,7 @@ class Heartbeat:
         await self.queries.heartbeat(self.conn, id=self.worker_id, display_name=self.display_name)
 
     async def keep_beating(self) -> None:
-        """Beat every HEARTBEAT_INTERVAL, and look after the others. Returns never."""
+        """Beat every HEARTBEAT_INTERVAL, and look after the others. Never returns."""
         while True:
             await asyncio.sleep(HEARTBEAT_INTERVAL)
             await self.beat()

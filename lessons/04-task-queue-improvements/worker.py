@@ -90,7 +90,7 @@ class Worker:
         deadline = asyncio.timeout(None if task.timeout is None else task.timeout.total_seconds())
         try:
             async with deadline:
-                # In an asyncio task of its own: what it does to that is not done to ours.
+                # Its own asyncio task: cancellations inside the function do not count on ours.
                 output = await asyncio.create_task(self._call(task))
             await self._complete(task, output)
         except (Exception, asyncio.CancelledError) as error:

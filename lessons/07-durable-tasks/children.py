@@ -24,7 +24,7 @@ class Children:
             del self._waiting[finished]
 
     async def keep_asking(self, interval: float) -> None:
-        """Ask for all of them, every `interval` seconds. Returns never."""
+        """Ask for all of them, every `interval` seconds. Never returns."""
         while True:
             await asyncio.sleep(interval)
             if self._waiting:

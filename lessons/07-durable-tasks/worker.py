@@ -77,7 +77,7 @@ class Worker:
                 group.create_task(self._poll(queue, is_durable, group))
 
     async def _poll(self, queue: str, is_durable: bool, group: asyncio.TaskGroup) -> None:
-        """Claim tasks and start them. Returns never."""
+        """Claim tasks and start them. Never returns."""
         slots = self.slots[is_durable]
         while True:
             for task in await self._claim(queue, is_durable):
@@ -111,7 +111,7 @@ class Worker:
         deadline = asyncio.timeout(None if task.timeout is None else task.timeout.total_seconds())
         try:
             async with deadline:
-                # In an asyncio task of its own: what it does to that is not done to ours.
+                # Its own asyncio task: cancellations inside the function do not count on ours.
                 output = await asyncio.create_task(self._call(task, context))
             await self._complete(task, output)
         except (Exception, asyncio.CancelledError) as error:

@@ -32,7 +32,7 @@ class Housekeeping:
         self.log = log
 
     async def keep_house(self) -> None:
-        """Look after the others every HEARTBEAT_INTERVAL. Returns never."""
+        """Look after the others every HEARTBEAT_INTERVAL. Never returns."""
         while True:
             await asyncio.sleep(heartbeat.HEARTBEAT_INTERVAL)
             with surviving_outage(f"worker {self.heartbeat.display_name}: cannot keep house"):

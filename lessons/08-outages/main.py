@@ -97,7 +97,7 @@ class Demo:
         self,
         task_name: str,
         input: Any,
-        timeout: timedelta | None = None,  # noqa: ASYNC109
+        timeout: timedelta | None = None,
         is_durable: bool = False,
     ) -> Task:
         async with self.pool.connection() as conn:
@@ -251,7 +251,7 @@ async def replay(demo: Demo) -> None:
 
 
 async def keep_cutting(demo: Demo) -> None:
-    """Cut the connections of the worker process, again and again. Returns never."""
+    """Cut the connections of the worker process, again and again. Never returns."""
     while True:
         async with demo.pool.connection() as conn:
             cut = await demo.queries.cut_connections(conn, application_name=demo.queue)

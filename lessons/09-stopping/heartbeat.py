@@ -30,7 +30,7 @@ class Heartbeat:
         self.last: Beat | None = None
 
     async def keep_beating(self) -> None:
-        """Beat every HEARTBEAT_INTERVAL, whatever happens, and do nothing else. Returns never."""
+        """Beat every HEARTBEAT_INTERVAL, whatever happens, and do nothing else. Never returns."""
         while True:
             with surviving_outage(f"worker {self.display_name}: no heartbeat"):
                 async with await open_connection(self.pool) as conn:

@@ -102,7 +102,7 @@ class Demo:
         self,
         task_name: str,
         input: Any,
-        timeout: timedelta | None = None,  # noqa: ASYNC109
+        timeout: timedelta | None = None,
         is_durable: bool = False,
     ) -> Task:
         async with self.pool.connection() as conn:

@@ -1,4 +1,4 @@
-"""Lesson 10: whatever a function does, its task ends, and its worker goes on.
+"""Lesson 10: functions do their worst, and the worker goes on.
 
 python main.py            functions that do their worst
 python main.py --crash    two worker processes, of which one is killed after the charge
@@ -103,7 +103,7 @@ class Demo:
         self,
         task_name: str,
         input: Any,
-        timeout: timedelta | None = None,  # noqa: ASYNC109
+        timeout: timedelta | None = None,
         is_durable: bool = False,
     ) -> Task:
         async with self.pool.connection() as conn:

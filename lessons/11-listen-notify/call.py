@@ -1,4 +1,4 @@
-"""Calling a task's function so that nothing it does can stop its worker, or keep it waiting."""
+"""Calling a task's function with a limit: nobody waits beyond it, and errors stay in the task."""
 
 import asyncio
 import logging
@@ -10,13 +10,13 @@ from durable_context import DurableContext
 
 log = logging.getLogger("worker")
 
-Outcome = tuple[Any, BaseException | None]  # the output, or the error
+Outcome = tuple[Any, BaseException | None]  # the output; and the error, or None
 
 
 async def call(
     coroutine: Coroutine[Any, Any, Any],
     context: DurableContext,
-    timeout: timedelta | None,  # noqa: ASYNC109
+    timeout: timedelta | None,
     grace: float,
 ) -> Outcome:
     """Run this coroutine in an asyncio task of its own; return how it ended.

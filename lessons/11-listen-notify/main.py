@@ -104,7 +104,7 @@ class Demo:
         self,
         task_name: str,
         input: Any,
-        timeout: timedelta | None = None,  # noqa: ASYNC109
+        timeout: timedelta | None = None,
         is_durable: bool = False,
     ) -> Task:
         async with self.pool.connection() as conn:
@@ -311,7 +311,7 @@ async def cut_listener(demo: Demo) -> None:
 
 
 async def told(demo: Demo) -> None:
-    """Measure orders whose steps do nothing, on a worker that is told and on one that asks."""
+    """Measure orders whose steps do nothing, on a worker that listens and on one that does not."""
     logging.getLogger("worker").setLevel(logging.WARNING)  # else it says 200 lines
     demo.worker.register("do_nothing", do_nothing)
     demo.worker.register("order_nothing", order_nothing)
@@ -331,11 +331,11 @@ async def told(demo: Demo) -> None:
         notifications.LISTEN_AGAIN, worker.POLL_INTERVAL = 3600.0, 0.1
         await cut_listener(demo)
         print("now it is cut and stays away, and POLL_INTERVAL is 0.1 seconds", flush=True)
-        asking = await run_orders(demo)
+        deaf = await run_orders(demo)
     show(
         f"an order of two steps that do nothing, on average of {ORDERS}:",
         [
-            {"it waits": what, "asking": f"{asking[what]:.0f} ms", "told": f"{told:.0f} ms"}
+            {"it waits": what, "not listening": f"{deaf[what]:.0f} ms", "told": f"{told:.0f} ms"}
             for what, told in being_told.items()
         ],
     )

@@ -155,7 +155,7 @@ class Worker:
                 await keep_trying(operation)
 
     async def _poll(self, queue: str, is_durable: bool, group: asyncio.TaskGroup) -> None:
-        """Claim tasks and start them. Returns never."""
+        """Claim tasks and start them. Never returns."""
         slots = self.slots[is_durable]
         clock = asyncio.get_running_loop().time
         check_at = 0.0
@@ -218,8 +218,8 @@ class Worker:
         """Run one claimed task and record how it ended."""
         self._log(task, f"RUNNING {task.task_name}")
         context = DurableContext(self.pool, self.queries, self.children, task)
-        function = self._call(task, context)
-        output, error = await call(function, context, task.timeout, SHUTDOWN_GRACE)
+        coroutine = self._call(task, context)
+        output, error = await call(coroutine, context, task.timeout, SHUTDOWN_GRACE)
         if error is None:
             await self._complete(task, output)
         else:

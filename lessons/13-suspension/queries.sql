@@ -241,7 +241,7 @@ SELECT md5(current_schema() || ' ' || CAST(:queue AS TEXT)) AS topic;
 
 -- name: notify(queues, ids, worker_id)!
 -- Tell the workers of these queues that there are tasks to claim, and the workers of the parents of
--- these tasks that they have ended; or, if that has woken a parent, that there is it to claim.
+-- these tasks that they have ended; if that has woken a parent, tell the workers of its queue.
 SELECT pg_notify('tasks', topic)
 FROM (
     SELECT md5(current_schema() || ' ' || queue) AS topic

@@ -42,7 +42,7 @@ class Children:
         self._news.set()
 
     async def keep_asking(self, interval: float) -> None:
-        """Ask for those there is news of, and every `interval` seconds for all. Returns never."""
+        """Ask for those there is news of, and every `interval` seconds for all. Never returns."""
         clock = asyncio.get_running_loop().time
         all_at = clock() + interval
         while True:

@@ -33,17 +33,17 @@ class Notifications:
         self.children = children
         self._queues: set[str] = set()  # where tasks have become available
         self._finished: set[int] = set()  # tasks that parents on other workers may wait for
-        self._news = asyncio.Event()
+        self._to_tell = asyncio.Event()
 
     async def keep_listening(self, queue: str) -> None:
-        """Have tasks claimed, and children asked for, as soon as we are told. Returns never."""
+        """Have tasks claimed, and children asked for, as soon as we are told. Never returns."""
         while True:
             with surviving_outage("cannot listen"):
                 # A connection of its own: `notifies` holds it, and a beat would have to wait.
                 async with await open_connection(self.pool) as conn:
                     await self.queries.listen(conn)
                     topic = await self.queries.get_topic(conn, queue=queue)
-                    # Only now: from here on we are told, and what was before we see.
+                    # Only now: we are told what commits from here on; this look finds the rest.
                     self._tasks_wait()
                     self.children.any_may_have_ended()
                     async for notification in conn.notifies():
@@ -67,18 +67,18 @@ class Notifications:
     def available(self, queue: str) -> None:
         """Tell everybody, soon, that there are tasks to claim."""
         self._queues.add(queue)
-        self._news.set()
+        self._to_tell.set()
 
     def ended(self, task: Task) -> None:
         """Tell this task's parent, if it has one, here or elsewhere."""
         self.children.may_have_ended(task.id)
         self._finished.add(task.id)
-        self._news.set()
+        self._to_tell.set()
 
     async def keep_telling(self) -> None:
-        """Tell what there is to tell, together. Returns never."""
+        """Tell what there is to tell, together. Never returns."""
         while True:
-            await self._news.wait()
+            await self._to_tell.wait()
             await self.tell()
             await asyncio.sleep(TELL_INTERVAL)
 
@@ -87,7 +87,7 @@ class Notifications:
         notifying transactions of the server wait until its commit is on disk. Lost is lost."""
         queues, self._queues = self._queues, set()
         finished, self._finished = self._finished, set()
-        self._news.clear()
+        self._to_tell.clear()
         with surviving_outage("cannot notify"):
             async with self.pool.connection() as conn:
                 await self.queries.notify(

@@ -54,7 +54,8 @@ RETURNING id;
 
 -- name: deliver_signal(task_id, name)^
 -- Give the oldest signal that nobody has received to the oldest wait, if there are both. The caller
--- holds the task's row. We do not wait for a child that somebody else holds: its time is up.
+-- holds the task's row. We do not wait for a child that somebody else holds: that is `wake_tasks`,
+-- because the wait has timed out.
 WITH wait AS (
     SELECT child.id
     FROM durable_events AS event
@@ -300,7 +301,7 @@ SELECT md5(current_schema() || ' ' || CAST(:queue AS TEXT)) AS topic;
 
 -- name: notify(queues, ids, worker_id)!
 -- Tell the workers of these queues that there are tasks to claim, and the workers of the parents of
--- these tasks that they have ended; or, if that has woken a parent, that there is it to claim.
+-- these tasks that they have ended; if that has woken a parent, tell the workers of its queue.
 SELECT pg_notify('tasks', topic)
 FROM (
     SELECT md5(current_schema() || ' ' || queue) AS topic

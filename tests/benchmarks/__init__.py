@@ -15,4 +15,5 @@ def scaled(count: int) -> int:
     return math.ceil(count * SCALE)
 
 
-MANY_TASKS = scaled(5000)
+TASKS = scaled(5000)
+ORDERS = scaled(800)

@@ -6,6 +6,8 @@ from typing import Any
 import matplotlib  # type: ignore[import-not-found, unused-ignore]
 from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
+from benchmarks.report import where
+
 BUYS = {
     "02": "tasks outlive the program\nthat enqueued them",
     "03": "no more run at once\nthan a worker can bear",
@@ -16,6 +18,12 @@ BUYS = {
     "08": "workers outlive a database\nthat goes away",
     "09": "workers that are told to end\nleave nobody waiting",
     "10": "no function can stop\na worker",
+    "11": "workers are told,\nand need not ask",
+    "12": "a sleep outlives\nits worker",
+    "13": "who only waits\nholds no slot",
+    "14": "something outside\ncan end a wait",
+    "15": "a log can go on\nfrom its middle",
+    "16": "many outcomes and steps\nin one statement",
 }
 # Readable on white and on black.
 INK, BAR, FLOOR = "#7d858f", "#3f8fd2", "#d9822b"
@@ -35,61 +43,64 @@ def draw(path: Path, about: dict[str, Any], figures: dict[str, Any]) -> None:
     """Write the chart to a file."""
     lessons = figures["lessons"]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 1.6 + 0.6 * len(lessons)), layout="constrained")
-        rates, delays = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-        draw_rates(rates, lessons, figures["floor"])
+        figure = Figure(figsize=(12, 2.6 + 0.5 * len(lessons)), layout="constrained")
+        noops, orders, delays = figure.subplots(1, 3, sharey=True, width_ratios=[3, 2, 2])
+        draw_rates(noops, lessons, "noop_per_s")
+        draw_floors(noops, figures["floor"])
+        draw_rates(orders, lessons, "orders_per_s")
         draw_delays(delays, lessons)
-        rates.set_yticks(range(len(lessons)), [f"{name}: {BUYS[name]}" for name in lessons])
-        rates.invert_yaxis()
-        for axes in (rates, delays):
+        noops.set_xlabel("no-op tasks a second\n(median, minimum to maximum)")
+        orders.set_xlabel("orders of two steps a second\n(median, minimum to maximum)")
+        labels = [f"{name}: {BUYS.get(name, '')}" for name in lessons]
+        noops.set_yticks(range(len(lessons)), labels)
+        noops.invert_yaxis()
+        for axes in (noops, orders, delays):
             axes.spines[["top", "right", "left"]].set_visible(False)
             axes.tick_params(axis="y", length=0)
-        figure.suptitle("What each lesson buys, and at what price", weight="bold")
-        figure.supxlabel(caption(about, lessons), fontsize=8.5)
+        figure.suptitle("What each lesson buys, and at what price: one worker", weight="bold")
+        figure.supxlabel(where(about), fontsize=8.5)
         figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
 
 
-def draw_rates(axes: Any, lessons: dict[str, Any], floor: dict[str, Any]) -> None:
-    """Bars for the no-op rates, lines below them for their ranges, and one for the floor."""
+def draw_rates(axes: Any, lessons: dict[str, Any], name: str) -> None:
+    """A bar for each rate, and a line below it for its range."""
     for row, figures in enumerate(lessons.values()):
-        rate, low, high = (figures[f"noop_per_s{end}"] for end in ("", "_min", "_max"))
-        axes.barh(row, rate, height=0.6, color=BAR)
-        axes.plot([low, high], [row + 0.4, row + 0.4], color=INK, linewidth=1.5)
-        axes.text(0, row, f" {rate:,.0f}", color="white", va="center", weight="bold")
-    axes.axvline(floor["noop_per_s"], color=FLOOR, linestyle="--")
-    label = f"the same statements\nwithout a worker: {floor['noop_per_s']:,.0f}"
-    axes.annotate(
-        label,
-        (floor["noop_per_s"], 1),
-        xycoords=("data", "axes fraction"),
-        color=FLOOR,
-        ha="center",
-        va="bottom",
-        fontsize=8.5,
-    )
-    axes.set_xlim(left=0)
-    axes.set_xlabel("no-op tasks a second, one worker\n(median, minimum to maximum)")
+        if name in figures:
+            rate, low, high = (figures[f"{name}{end}"] for end in ("", "_min", "_max"))
+            axes.barh(row, rate, height=0.6, color=BAR)
+            axes.plot([low, high], [row + 0.4, row + 0.4], color=INK, linewidth=1.5)
+            axes.text(max(rate, high), row, f" {rate:,.0f}", va="center", fontsize=9)
+    axes.set_xlim(0, 1.2 * max(figures.get(f"{name}_max", 1) for figures in lessons.values()))
+
+
+def draw_floors(axes: Any, floor: dict[str, Any]) -> None:
+    """A line for each: the same statements without a worker."""
+    for name, label in {"noop_per_s": "one by one", "batched_per_s": "in hundreds"}.items():
+        axes.axvline(floor[name], color=FLOOR, linestyle="--", linewidth=1, zorder=0)
+        axes.annotate(
+            f"statements alone,\n{label}: {floor[name]:,.0f}",
+            (floor[name], 1),
+            xycoords=("data", "axes fraction"),
+            color=FLOOR,
+            ha="center",
+            va="bottom",
+            fontsize=8.5,
+        )
+    axes.set_xlim(right=max(axes.get_xlim()[1], 1.1 * floor["batched_per_s"]))
 
 
 def draw_delays(axes: Any, lessons: dict[str, Any]) -> None:
-    """Points for the median delay of a task, and lines to the 95th percentile."""
-    for row, figures in enumerate(lessons.values()):
-        low, high = figures["start_ms_min"], figures["start_ms_p95"]
-        axes.plot([low, high], [row, row], color=INK, linewidth=1.5)
-        axes.plot(figures["start_ms"], row, "o", color=BAR)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("ms until an idle worker starts a task\n(median, minimum to p95)")
-
-
-def caption(about: dict[str, Any], lessons: dict[str, Any]) -> str:
-    """The orders of the last lesson, and where it was measured."""
-    versions = f"Python {about['python']}, psycopg {about['psycopg']}, Postgres {about['postgres']}"
-    where = f"{about['cores']} cores ({about['cpu']}), {versions}, {about['date'][:10]}"
-    last, orders = max(lessons.items())
-    if "orders_per_s" not in orders:
-        return where
-    return (
-        f"{last} also runs {orders['orders_per_s']:,.0f} durable orders of two steps a second, "
-        f"each in {orders['tx_per_order']:.1f} transactions; a single one takes "
-        f"{orders['order_ms']:.0f} ms.\n{where}"
-    )
+    """Points for the medians on an idle worker, and lines to the 95th percentile."""
+    for name, marker, color, label in [
+        ("start_ms", "o", BAR, "until a task starts"),
+        ("order_ms", "D", FLOOR, "one order, all of it"),
+    ]:
+        rows = [row for row, figures in enumerate(lessons.values()) if name in figures]
+        found = [figures for figures in lessons.values() if name in figures]
+        axes.plot([figures[name] for figures in found], rows, marker, color=color, label=label)
+        for row, figures in zip(rows, found, strict=True):
+            ends = [figures[f"{name}_min"], figures.get(f"{name}_p95", figures[name])]
+            axes.plot(ends, [row, row], color=color, linewidth=1.5)
+    axes.set_xscale("log")
+    axes.set_xlabel("ms on an idle worker\n(median, minimum to p95)")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, fontsize=8.5)

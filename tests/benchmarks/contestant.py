@@ -1,38 +1,35 @@
-"""One process whose speed is measured: a worker of a lesson, or the floor.
+"""One process whose speed is measured: a worker of a lesson, or a floor.
 
-python -m benchmarks.contestant worker LESSON_DIRECTORY SETTINGS
-python -m benchmarks.contestant floor LESSON_DIRECTORY SETTINGS
+python -m benchmarks.contestant KIND LESSON_DIRECTORY CONCURRENCY
 
-SETTINGS is a JSON object, see `work` and floor.work. It writes "ready" and waits for a line on
-stdin, so that starting Python is not part of what is measured; then it writes Postgres's time, and
-begins. Until SIGTERM, then it writes what it has used. Workers log from level WARNING on: it is not
-the terminal that is to be measured. Statements are counted here, as psycopg is told to send them,
-with BEGIN and COMMIT: Postgres itself counts them only with an extension that may not be there.
+KIND is worker, or what floor.py has: one_by_one, batched. It writes "ready" and waits for a line on
+stdin, so that starting Python is not part of what is measured. Then it writes Postgres's time and
+begins.
+To each further line it answers with the number of statements that it has sent. After SIGTERM it
+writes what it has used. Workers log from level WARNING on: it is not the terminal that is to be
+measured.
+
+Statements are counted here, as psycopg is told to send them, with BEGIN and COMMIT: Postgres itself
+counts them only with an extension that may not be there.
 """
 
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 from psycopg import AsyncConnection, AsyncCursor
 
-from benchmarks import MANY_TASKS, QUEUE, floor
+from benchmarks import QUEUE, floor
 from shared import Pool, load_queries, open_pool, run
 
 statements = 0
 cpu_before = 0.0
-calls = 0
-first_rss = 0
-
-
-def rss() -> int:
-    """The memory of this process that is in use, in bytes."""
-    return int(psutil.Process().memory_info().rss)
 
 
 def count_statements() -> None:
@@ -53,10 +50,6 @@ def count_statements() -> None:
 
 async def noop(input: Any) -> None:
     """A task that does nothing."""
-    global calls, first_rss
-    calls += 1
-    if calls == MANY_TASKS:
-        first_rss = rss()
 
 
 async def echo(input: Any) -> Any:
@@ -75,13 +68,22 @@ async def order(context: Any, input: Any) -> None:
     await context.run_task("noop", {"step": 2})
 
 
-async def work(path: Path, pool: Pool, **settings: Any) -> None:
-    """Run a lesson's worker; settings are arguments of Worker."""
+async def nap(context: Any, input: Any) -> None:
+    """A durable task that is suspended for as long as this may take."""
+    await context.sleep(timedelta(days=1))
+
+
+async def work(path: Path, pool: Pool, concurrency: int) -> None:
+    """Run a lesson's worker, with so many slots for plain tasks."""
     sys.path.insert(0, str(path))
     import worker as lesson_worker  # type: ignore[import-not-found, unused-ignore]
 
-    worker = lesson_worker.Worker(pool, load_queries(path), **settings)
-    for function in (noop, echo, moment, order):
+    queries = load_queries(path)
+    if concurrency:
+        worker = lesson_worker.Worker(pool, queries, concurrency)
+    else:  # lesson 02
+        worker = lesson_worker.Worker(pool, queries)
+    for function in (noop, echo, moment, order, nap):
         worker.register(function.__name__, function)
     await begin(pool)
     if hasattr(worker, "heartbeat"):
@@ -113,26 +115,28 @@ async def begin(pool: Pool) -> None:
     statements = 0
     cpu_before = time.process_time()
     print(row["now"], flush=True)
+    threading.Thread(target=answer, daemon=True).start()
+
+
+def answer() -> None:
+    """Say how many statements were sent, whenever asked."""
+    for _ in sys.stdin:
+        print(statements, flush=True)
 
 
 async def main() -> None:
-    kind, path, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    kind, path, concurrency = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     count_statements()
     logging.getLogger().setLevel(logging.WARNING)
     async with open_pool(path) as pool:
         try:
-            if kind == "floor":
-                await floor.work(path, pool, QUEUE, begin, **settings)
+            if kind == "worker":
+                await work(path, pool, concurrency)
             else:
-                await work(path, pool, **settings)
+                await floor.work(path, pool, begin, kind)
         finally:
-            used = {
-                "statements": statements,
-                "cpu_us": (time.process_time() - cpu_before) * 1e6,
-                "first_rss": first_rss,
-                "rss": rss(),
-            }
-            print(json.dumps(used), flush=True)
+            cpu_us = (time.process_time() - cpu_before) * 1e6
+            print(json.dumps({"statements": statements, "cpu_us": cpu_us}), flush=True)
 
 
 if __name__ == "__main__":

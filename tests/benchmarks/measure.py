@@ -1,116 +1,107 @@
-"""The measurements that do not take long. Each adds what it has found to a Book."""
+"""The measurements of one lesson. Each adds what it has found to the book.
+
+The book has all values that were measured by the name of their figure, one for each round.
+"""
 
 import asyncio
 import random
 import time
+from collections import defaultdict
+from contextlib import AsyncExitStack
 
-from benchmarks import CONNECTIONS, MANY_TASKS, QUEUE, SLOTS, scaled
-from benchmarks.book import FLOOR, Book
-from benchmarks.floor import Floor
-from benchmarks.pgbench import pgbench
-from benchmarks.race import Run, begin, check, contestant, end, race
+from benchmarks import ORDERS, SCALE, TASKS
+from benchmarks.race import Run, ask, check, contestant, end, race
 from benchmarks.stage import Stage
 
+Book = defaultdict[str, list[float]]
 
-def slots(stage: Stage) -> dict[str, int]:
-    """Lesson 02 has no slots: it claims all that there is."""
-    return {"concurrency": SLOTS} if stage.number >= 3 else {}
-
-
-async def measure_floor(book: Book, stage: Stage) -> None:
-    """The floor, which is measured anew before each rate that is compared with it."""
-    run = await floor_race(stage, connections=CONNECTIONS, keep=False)
-    book.rate(FLOOR, run.per_s)
-    book.costs("floor", run.costs, "task")
+FIRST_DURABLE = 7
+FIRST_BATCHED = 16
 
 
-async def measure_variants(book: Book, stage: Stage) -> None:
-    """The floor with one connection, with connections that are kept, and driven by pgbench."""
-    run = await floor_race(stage, connections=1, keep=False)
-    book.rate("floor.noop_1_connection_per_s", run.per_s)
-    run = await floor_race(stage, connections=CONNECTIONS, keep=True)
-    book.rate("floor.noop_kept_per_s", run.per_s)
-    await stage.clear()
-    await stage.fill(MANY_TASKS)
-    if per_s := await pgbench(stage, MANY_TASKS):
-        book.rate("floor.pgbench_per_s", per_s)
+def costs(book: Book, prefix: str, run: Run, unit: str) -> None:
+    """Write down what a run has cost, per task or per order."""
+    for name, cost in run.costs.items():
+        book[f"{prefix}{name}_per_{unit}"].append(cost)
 
 
-async def floor_race(stage: Stage, **settings: int) -> Run:
-    await stage.clear()
-    await stage.fill(MANY_TASKS)
-    return await race(stage, MANY_TASKS, settings, "floor")
+def times(stage: Stage) -> int:
+    """How many times as many tasks a lesson gets, so that a race takes about a second."""
+    return 4 if stage.number >= FIRST_BATCHED else 1
 
 
-async def measure_single(book: Book, stage: Stage) -> None:
-    """The floor of latencies: enqueue, claim and complete one task, then the next."""
-    await stage.clear()
-    floor = Floor(stage.path, QUEUE)
-    for _ in range(scaled(10)):
-        start = time.perf_counter()
-        await stage.create("noop")
-        (row,) = await (await stage.conn.execute(floor.claim_sql, floor.claim)).fetchall()
-        await stage.conn.execute(floor.complete_sql, floor.outcome | {"id": row["id"]})
-        book["floor.single_ms"].append((time.perf_counter() - start) * 1000)
-    await stage.flush()
+async def measure_floors(book: Book, third: Stage, last: Stage, share: int) -> None:
+    """The statements alone: lesson 03's one by one, and the last lesson's in batches of 100."""
+    for name, kind, stage, tasks in [
+        ("noop_", "one_by_one", third, TASKS // share),
+        ("batched_", "batched", last, 4 * TASKS // share),
+    ]:
+        await stage.clear()
+        await stage.fill(tasks)
+        run = await race(stage, tasks, kind)
+        book[f"floor.{name}per_s"].append(run.per_s)
+        costs(book, f"floor.{name}", run, "task")
+
+
+async def measure_rates(book: Book, prefix: str, stage: Stage, share: int = 1) -> None:
+    """How quickly a worker does what is queued already: no-op tasks, and orders."""
+    await measure_noop(book, prefix, stage, times(stage) * TASKS // share)
+    if stage.number >= FIRST_DURABLE:
+        orders = times(stage) * ORDERS // share
+        await stage.fill(orders, "order")
+        run = await race(stage, orders)
+        book[f"{prefix}.orders_per_s"].append(run.per_s)
+        costs(book, f"{prefix}.", run, "order")
 
 
 async def measure_noop(
     book: Book, prefix: str, stage: Stage, tasks: int, text: str = "", processes: int = 1
 ) -> None:
-    """No-op tasks that are queued already: how quickly workers run them."""
+    """No-op tasks; if there is a text, it is their input and their output."""
     await stage.fill(tasks, "echo" if text else "noop", text)
-    run = await race(stage, tasks, slots(stage), number=processes)
-    book.rate(f"{prefix}.noop_per_s", run.per_s)
-    book.costs(prefix, run.costs, "task")
+    run = await race(stage, tasks, processes=processes)
+    book[f"{prefix}.noop_per_s"].append(run.per_s)
+    costs(book, f"{prefix}.", run, "task")
 
 
-async def measure_orders(book: Book, prefix: str, stage: Stage, orders: int) -> None:
-    """Durable orders of two no-op steps that are queued already: how quickly one runs them."""
-    await stage.fill(orders, "order")
-    run = await race(stage, orders, slots(stage))
-    book.rate(f"{prefix}.orders_per_s", run.per_s)
-    book.costs(prefix, run.costs, "order")
-
-
-async def measure_enqueue(book: Book, prefix: str, stage: Stage, tasks: int) -> None:
-    """Enqueue with the lesson's own query: one by one, and all in one transaction."""
-    start = time.perf_counter()
-    for _ in range(tasks):
-        await stage.create("noop")
-    book.rate(f"{prefix}.enqueue_per_s", tasks / (time.perf_counter() - start))
-    start = time.perf_counter()
-    async with stage.conn.transaction():
-        for _ in range(tasks):
-            await stage.create("noop")
-    book.rate(f"{prefix}.enqueue_many_per_s", tasks / (time.perf_counter() - start))
-    await stage.flush()
-
-
-async def measure_idle(book: Book, prefix: str, stage: Stage, tasks: int, task_name: str) -> None:
-    """An idle worker gets one task, or order, after the other, with random gaps between them."""
+async def measure_latency(book: Book, prefix: str, stage: Stage, count: int) -> None:
+    """How soon an idle worker starts a task, and has completed an order. One at a time."""
     chance = random.Random(prefix)
     await stage.clear()
-    sent: list[int] = []
-    async with contestant(stage, "worker", slots(stage)) as process:
-        await begin(process)
-        for _ in range(tasks):
-            await asyncio.sleep(chance.uniform(0.05, 1.1))
-            sent.append(time.monotonic_ns())
-            await stage.create(task_name)
-        await stage.wait_until_done(lambda: check([process]))
+    async with contestant(stage) as process:
+        await ask(process)
+        await asyncio.sleep(1)  # it looks for lost tasks, and listens
+        for task_name in ["moment", "order"] if stage.number >= FIRST_DURABLE else ["moment"]:
+            for _ in range(count):
+                sent = time.monotonic_ns()
+                id = await stage.create(task_name)
+                await stage.wait_until_done(lambda: check([process]))
+                row = await stage.queries.get_task(stage.conn, id=id)
+                if task_name == "moment":
+                    book[f"{prefix}.start_ms"].append((row["output"] - sent) / 1e6)
+                else:
+                    took = row["finished_at"] - row["inserted_at"]
+                    book[f"{prefix}.order_ms"].append(took.total_seconds() * 1000)
+                # Up to as long as there is between two polls, so that it meets them anywhere.
+                await asyncio.sleep(chance.uniform(0.05, 0.15))
         await end(process)
-    rows = await stage.rows(
-        """
-        SELECT output, extract(epoch FROM finished_at - inserted_at)::FLOAT * 1000 AS ms
-        FROM tasks
-        WHERE task_name = %s
-        ORDER BY id
-        """,
-        task_name,
-    )
-    if task_name == "order":
-        book[f"{prefix}.order_ms"] += [row["ms"] for row in rows]
-    else:
-        times = zip(rows, sent, strict=True)
-        book[f"{prefix}.start_ms"] += [(row["output"] - at) / 1e6 for row, at in times]
+
+
+async def measure_idle(book: Book, stages: dict[str, Stage]) -> None:
+    """How many statements a second an idle worker sends; all at once, since they have time."""
+    async with AsyncExitStack() as stack:
+        idle = {}
+        for prefix, stage in stages.items():
+            await stage.clear()
+            idle[prefix] = await stack.enter_async_context(contestant(stage))
+            await ask(idle[prefix])
+        await asyncio.sleep(2)
+        before = {prefix: await ask(process) for prefix, process in idle.items()}
+        since = time.monotonic()
+        await asyncio.sleep(8 * SCALE)
+        for prefix, process in idle.items():
+            statements = await ask(process) - before[prefix]
+            name = f"{prefix}.idle_statements_per_s"
+            book[name].append(statements / (time.monotonic() - since))
+        for process in idle.values():
+            await end(process)

@@ -9,9 +9,8 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from benchmarks import QUEUE
+from benchmarks import QUEUE, SLOTS
 from benchmarks.stage import Stage
 
 TESTS = Path(__file__).parents[1]
@@ -23,14 +22,13 @@ class Run:
 
     per_s: float
     costs: dict[str, float]
-    first_rss: int  # the memory of a process after MANY_TASKS, in bytes
-    rss: int  # and at its end
 
 
 @asynccontextmanager
-async def contestant(stage: Stage, kind: str, settings: dict[str, Any]) -> AsyncIterator[Process]:
+async def contestant(stage: Stage, kind: str = "worker") -> AsyncIterator[Process]:
     """A process of contestant.py that is ready; killed at the end if it has not ended."""
-    arguments = ["-m", "benchmarks.contestant", kind, str(stage.path), json.dumps(settings)]
+    concurrency = SLOTS if stage.number >= 3 else 0  # lesson 02 has no slots
+    arguments = ["-m", "benchmarks.contestant", kind, str(stage.path), str(concurrency)]
     environment = os.environ | {"PYTHONPATH": str(TESTS)}
     process = await asyncio.create_subprocess_exec(
         sys.executable, *arguments, env=environment, stdin=PIPE, stdout=PIPE
@@ -60,47 +58,46 @@ async def line(process: Process) -> str:
     return text
 
 
-async def begin(process: Process) -> float:
-    """Let a contestant begin; return when it did so, by the clock of Postgres."""
+async def ask(process: Process) -> float:
+    """What a contestant answers to a line.
+
+    The first lets it begin, and the answer is when it did so, by the clock of Postgres. The answer
+    to all others is the number of statements that it has sent so far.
+    """
     assert process.stdin is not None
-    process.stdin.write(b"go\n")
+    process.stdin.write(b"\n")
     return float(await line(process))
 
 
-async def end(process: Process) -> dict[str, int]:
+async def end(process: Process) -> dict[str, float]:
     """Let a contestant end; return what it has used."""
     process.terminate()
-    used: dict[str, int] = json.loads(await line(process))
+    used: dict[str, float] = json.loads(await line(process))
     await process.wait()
     return used
 
 
-async def race(
-    stage: Stage, count: int, settings: dict[str, Any], kind: str = "worker", number: int = 1
-) -> Run:
+async def race(stage: Stage, count: int, kind: str = "worker", processes: int = 1) -> Run:
     """Let some processes do what is queued; figures are per one of `count`."""
     before = await stage.used()
     async with AsyncExitStack() as stack:
-        processes = [
-            await stack.enter_async_context(contestant(stage, kind, settings))
-            for _ in range(number)
+        racing = [
+            await stack.enter_async_context(contestant(stage, kind)) for _ in range(processes)
         ]
-        starts = await asyncio.gather(*map(begin, processes))
-        await stage.wait_until_done(lambda: check(processes))
-        ends = [await end(process) for process in processes]
-    await stage.wait_until_closed([process.pid for process in processes])
+        starts = await asyncio.gather(*map(ask, racing))
+        await stage.wait_until_done(lambda: check(racing))
+        ends = [await end(process) for process in racing]
+    await stage.wait_until_closed([process.pid for process in racing])
     after = await stage.used()
     costs = {
-        "tx": after.transactions - before.transactions,
+        "tx": after["transactions"] - before["transactions"],
         "statements": sum(used["statements"] for used in ends),
-        "wal_bytes": after.wal_bytes - before.wal_bytes,
+        "wal_bytes": after["wal_bytes"] - before["wal_bytes"],
         "cpu_us": sum(used["cpu_us"] for used in ends),
     }
     return Run(
         per_s=count / (await finished_at(stage) - min(starts)),
         costs={name: cost / count for name, cost in costs.items()},
-        first_rss=max(used["first_rss"] for used in ends),
-        rss=max(used["rss"] for used in ends),
     )
 
 

@@ -10,45 +10,65 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
+import psycopg
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from benchmarks.book import Book
+from benchmarks.measure import Book
 from benchmarks.stage import Stage
+from shared import database_url
 
-COSTS = {
-    f"{cost}_per_{unit}": f"floor.{cost}_per_task"
-    for cost in ("tx", "statements", "wal_bytes", "cpu_us")
-    for unit in ("task", "order")
+# What a lesson's rates are compared with, round by round.
+RATIOS = {
+    "noop_of_floor": ("noop_per_s", "floor.noop_per_s"),
+    "noop_of_batched": ("noop_per_s", "floor.batched_per_s"),
+    "noop_of_07": ("noop_per_s", "lessons.07.noop_per_s"),
+    "orders_of_07": ("orders_per_s", "lessons.07.orders_per_s"),
 }
-# Which figure of the floor another is compared with, by the end of its name.
-FLOORS = {
-    "_ms": "floor.single_ms",
-} | COSTS
-OF_A_FIGURE = ("_min", "_max", "_p95", "_ratio", "_ratio_min", "_ratio_max")
+# What is compared with the same without such rows.
+PILES = ("_finished", "_sleepers", "_suspended")
+GROWN = ("noop_per_s", "orders_per_s")
+COSTS = ("_per_task", "_per_order")
+OF_A_FIGURE = ("_min", "_max", "_p95")
 # Without a terminal rich would assume a narrow one.
-CONSOLE = Console(width=None if sys.stdout.isatty() else 200)
+CONSOLE = Console(width=None if sys.stdout.isatty() else 220)
 
 
-async def about(stage: Stage) -> dict[str, Any]:
+def about(stage: Stage) -> dict[str, Any]:
     """When and on what this is measured."""
-    (row,) = await stage.rows(
-        """
-        SELECT current_setting('server_version') AS postgres,
-            current_setting('fsync') AS fsync,
-            current_setting('synchronous_commit') AS synchronous_commit
-        """
-    )
+    return {"last_lesson": f"{stage.number:02}", **machine()}
+
+
+def machine() -> dict[str, Any]:
+    """The date, the machine, and how busy it is with other things; and the server."""
+    with psycopg.connect(database_url()) as conn:
+        postgres, fsync = (
+            conn.execute(f"SHOW {name}".encode()).fetchone() for name in ("server_version", "fsync")
+        )
+    assert postgres
+    assert fsync
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cores": os.cpu_count(),
+        "busy_percent_before": psutil.cpu_percent(interval=1),
         "cpu": cpu(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "psycopg": version("psycopg"),
-        **row,
+        "postgres": postgres[0],
+        "fsync": fsync[0],
     }
+
+
+def where(about: dict[str, Any]) -> str:
+    """On what it was measured, and when."""
+    return (
+        f"{about['cores']} cores ({about['cpu']}), Python {about['python']}, "
+        f"psycopg {about['psycopg']}, Postgres {about['postgres']} with fsync {about['fsync']}, "
+        f"{about['date'][:10]}"
+    )
 
 
 def cpu() -> str:
@@ -63,17 +83,32 @@ def cpu() -> str:
 def figures(book: Book) -> dict[str, Any]:
     """All figures of a book, as nested dicts."""
     found: dict[str, Any] = {}
-    for path, values in book.items():
+    for path, values in (book | ratios(book)).items():
         *parents, name = path.split(".")
         place = found
         for parent in parents:
             place = place.setdefault(parent, {})
-        if isinstance(values[0], str):
-            place[name] = ", ".join(sorted(set(map(str, values))))
-        else:
-            place.update(summary(name, [float(value) for value in values]))
-            place.update(ratio(path, name, book))
+        place.update(summary(name, values))
     return found
+
+
+def ratios(book: Book) -> dict[str, list[float]]:
+    """What rates are of others that were measured in the same round."""
+    found = {}
+    for path, values in book.items():
+        parent, _, name = path.rpartition(".")
+        if parent.startswith("lessons."):
+            for ratio, (numerator, denominator) in RATIOS.items():
+                if name == numerator and denominator in book:
+                    found[f"{parent}.{ratio}"] = divided(values, book[denominator])
+        elif parent.endswith(PILES) and name in GROWN:
+            ratio = f"{name.removesuffix('_per_s')}_of_without"
+            found[f"{parent}.{ratio}"] = divided(values, book[f"growth.without.{name}"])
+    return found
+
+
+def divided(values: list[float], by: list[float]) -> list[float]:
+    return [value / base for value, base in zip(values, by, strict=True)]
 
 
 def summary(name: str, values: list[float]) -> Iterator[tuple[str, float]]:
@@ -86,14 +121,6 @@ def summary(name: str, values: list[float]) -> Iterator[tuple[str, float]]:
         yield f"{name}_p95", short(p95)
 
 
-def ratio(path: str, name: str, book: Book) -> Iterator[tuple[str, float]]:
-    """The ratio to the floor of what is no rate."""
-    floor = next((floor for end, floor in FLOORS.items() if name.endswith(end)), "")
-    if path != floor and floor in book:
-        base = statistics.median(map(float, book[floor]))
-        yield from summary(f"{name}_ratio", [float(value) / base for value in book[path]])
-
-
 def short(value: float) -> float:
     """Five digits are more than any of these is good for."""
     return float(f"{value:.5g}")
@@ -102,48 +129,43 @@ def short(value: float) -> float:
 def show_all(about: dict[str, Any], figures: dict[str, Any]) -> None:
     """Print all tables."""
     print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print("each figure: median (ratio to the floor), and below it minimum-maximum")
-    show("the floor, lesson 03", {"": figures["floor"]})
+    print("each figure: median, and below it minimum-maximum")
+    show("floors", {"": figures["floor"]}, costs=False)
     show("lesson", figures["lessons"])
-    for number, cases in figures.get("growth", {}).items():
-        if number != "floor":
-            show_growth(number, cases)
+    for title in ("growth", "enqueue"):
+        if title in figures:
+            title_and_lesson = f"{title}, lesson {about['last_lesson']}"
+            show(title_and_lesson, figures[title], by_rows=True, costs=False)
 
 
-def names(columns: Iterable[dict[str, Any]]) -> list[str]:
+def names(cases: Iterable[dict[str, Any]], costs: bool) -> list[str]:
     """The names of the figures themselves, in the order of their first appearance."""
-    found = dict.fromkeys(name for figures in columns for name in figures)
-    return [name for name in found if not name.endswith(OF_A_FIGURE)]
+    found = dict.fromkeys(name for figures in cases for name in figures)
+    without = OF_A_FIGURE if costs else OF_A_FIGURE + COSTS
+    return [name for name in found if not name.endswith(without)]
 
 
-def show(title: str, columns: dict[str, dict[str, Any]]) -> None:
-    """Print a table of figures: median and ratio to the floor, and below the range."""
-    table = Table(title, *columns, box=box.SIMPLE_HEAD)
-    for name in names(columns.values()):
-        table.add_row(name, *(cell(name, figures) for figures in columns.values()))
-    CONSOLE.print(table)
-
-
-def show_growth(number: str, cases: dict[str, dict[str, Any]]) -> None:
-    """The same with a row for each case, without the costs, which hardly differ."""
-    columns = [name for name in names(cases.values()) if not name.endswith(tuple(COSTS))]
-    title = Column(f"growth, lesson {number}", no_wrap=True)
-    table = Table(title, *columns, box=box.SIMPLE_HEAD)
-    for case, figures in cases.items():
-        table.add_row(case, *(cell(name, figures) for name in columns))
+def show(
+    title: str, cases: dict[str, dict[str, Any]], by_rows: bool = False, costs: bool = True
+) -> None:
+    """Print a table: a column for each case, or a row."""
+    across, down = list(cases), names(cases.values(), costs)
+    if by_rows:
+        across, down = down, across
+    table = Table(Column(title, no_wrap=True), *across, box=box.SIMPLE_HEAD)
+    for row in down:
+        cells = [(row, column) if by_rows else (column, row) for column in across]
+        table.add_row(row, *(cell(name, cases[case]) for case, name in cells))
     CONSOLE.print(table)
 
 
 def cell(name: str, figures: dict[str, Any]) -> str:
     """One figure in a table."""
-    value = figures.get(name, "")
-    if isinstance(value, str):
-        return value
-    ratio = figures.get(f"{name.removesuffix('_per_s')}_ratio")
-    first = text(value) if ratio is None else f"{text(value)}  ({text(ratio)})"
+    if name not in figures:
+        return ""
+    range = f"{text(figures[f'{name}_min'])}-{text(figures[f'{name}_max'])}"
     p95 = figures.get(f"{name}_p95")
-    last = f"{text(figures[f'{name}_min'])}-{text(figures[f'{name}_max'])}"
-    return f"{first}\n{last}" if p95 is None else f"{first}\n{last}, p95 {text(p95)}"
+    return f"{text(figures[name])}\n{range}" + ("" if p95 is None else f", p95 {text(p95)}")
 
 
 def text(value: float) -> str:

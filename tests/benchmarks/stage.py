@@ -14,7 +14,6 @@ import psycopg
 from psycopg.types.json import Jsonb
 
 from benchmarks import QUEUE
-from lesson_loader import lesson_number
 from server import new_database
 from shared import Connection, EmbeddedPostgres, Queries, load_queries, open_pool
 from shared.database import conninfo, explain
@@ -65,24 +64,13 @@ def database() -> Iterator[None]:
 
 
 @dataclass
-class Used:
-    """What Postgres has done so far."""
-
-    transactions: int
-    wal_bytes: int
-
-
-@dataclass
 class Stage:
     """One lesson, with a connection to its tables."""
 
+    number: int
     path: Path
     conn: Connection
     queries: Queries
-
-    @property
-    def number(self) -> int:
-        return lesson_number(self.path)
 
     async def rows(self, statement: str, *parameters: Any) -> list[dict[str, Any]]:
         cursor = await self.conn.execute(statement.encode(), parameters or None)
@@ -94,7 +82,8 @@ class Stage:
 
     async def fill(self, count: int, task_name: str = "noop", text: str = "") -> None:
         """Queue that many tasks in one statement."""
-        column, value = ("is_durable, ", "true, ") if task_name == "order" else ("", "")
+        is_durable = task_name in ("order", "nap")
+        column, value = ("is_durable, ", "true, ") if is_durable else ("", "")
         await self.rows(
             f"""
             INSERT INTO tasks ({column}queue, task_name, input)
@@ -104,8 +93,8 @@ class Stage:
             *(QUEUE, task_name, text, count),
         )
 
-    async def create(self, task_name: str) -> None:
-        """Enqueue one task with the lesson's own query."""
+    async def create(self, task_name: str) -> int:
+        """Enqueue one task with the lesson's own query; return its id."""
         options = {
             "max_retries": 0,
             "timeout": None,
@@ -114,13 +103,14 @@ class Stage:
             "is_durable": task_name == "order",
         }
         known = options.keys() & set(self.queries.create_task.parameters)
-        await self.queries.create_task(
+        row = await self.queries.create_task(
             self.conn,
             queue=QUEUE,
             task_name=task_name,
             input=Jsonb({}),
             **{name: options[name] for name in known},
         )
+        return int(row["id"])
 
     async def wait_until_done(self, check: Callable[[], None]) -> None:
         """Wait until no task of the queue waits or runs; `check` raises if that will never be.
@@ -137,13 +127,9 @@ class Stage:
                 check()
                 await asyncio.sleep(max(0.05, 20 * (time.monotonic() - start)))
 
-    async def flush(self) -> None:
-        """Let Postgres count what has been done on this connection; else it may do so later."""
-        await self.rows("SELECT pg_stat_force_next_flush()")
-
-    async def used(self) -> Used:
-        """Ask for what Postgres has done, all the connections of others being closed."""
-        await self.flush()
+    async def used(self) -> dict[str, int]:
+        """What Postgres has done so far, all the connections of others being closed."""
+        await self.rows("SELECT pg_stat_force_next_flush()")  # or it may count us later
         (row,) = await self.rows(
             """
             SELECT xact_commit + xact_rollback AS transactions,
@@ -152,7 +138,7 @@ class Stage:
             WHERE datname = current_database()
             """
         )
-        return Used(**row)
+        return row
 
     async def wait_until_closed(self, pids: list[int]) -> None:
         """Wait until Postgres has noticed that these processes have ended: it counts only then."""
@@ -163,6 +149,6 @@ class Stage:
 
 
 @asynccontextmanager
-async def open_stage(path: Path) -> AsyncIterator[Stage]:
+async def open_stage(number: int, path: Path) -> AsyncIterator[Stage]:
     async with open_pool(path) as pool, pool.connection() as conn:
-        yield Stage(path, conn, load_queries(path))
+        yield Stage(number, path, conn, load_queries(path))

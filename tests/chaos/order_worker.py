@@ -26,12 +26,16 @@ async def process_order(context: Any, input: Any) -> Any:
     naps = []
     if hasattr(context, "sleep"):
         naps = [await context.sleep(timedelta(seconds=random.uniform(0, LONGEST_SLEEP)))]
+    # From lesson 14 on it waits for an approval.
+    approvals = []
+    if hasattr(context, "wait_for_signal"):
+        approvals = [await context.wait_for_signal("approval")]
     email = await context.run_task("send_email", input)
     stock, label = await asyncio.gather(
         context.run_task("reserve_stock", input), context.run_task("print_label", input)
     )
     parcel = await context.run_task("ship", input, is_durable=True)
-    return [context.attempt, charge, *naps, email, stock, label, parcel]
+    return [context.attempt, charge, *naps, *approvals, email, stock, label, parcel]
 
 
 async def ship(context: Any, input: Any) -> Any:

@@ -5,9 +5,11 @@ python tests/chaos/run.py [--minutes M] [--seed S] [--orders N] [--workers W] [-
 Real processes, on a Postgres server of their own. At random a worker is killed, stopped for longer
 than INACTIVE_AFTER, or told to end; backends are terminated, also between a commit and the answer
 to it; Postgres is restarted. A worker that ends is started again, and up to lesson 07 it may end
-whenever the database goes away. In the end everything must be as if nothing had happened. The seed
-fixes the order of the faults, not their exact moments. Ends with status 1, the rows that are wrong,
-and the logs kept, if something is. Not for Windows, which cannot stop a process.
+whenever the database goes away. From lesson 14 on the orders wait for a signal that another process
+sends, and from lesson 15 on one more forks orders that have finished. In the end everything must be
+as if nothing had happened. The seed fixes the order of the faults, not their exact moments. Ends
+with status 1, the rows that are wrong, and the logs kept, if something is. Not for Windows, which
+cannot stop a process.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from checks import CHECKS, FIGURES
+from checks import BRANCH_CHECKS, CHECKS, FIGURES
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
@@ -37,8 +39,8 @@ from shared.demo import show
 from shared.schema import schema_name
 
 TESTS = Path(__file__).parents[1]
-LESSON = TESTS.parent / "lessons" / "13-suspension"
-SURVIVES_OUTAGES, STOPS, LISTENS = 8, 9, 11  # from these lessons on
+LESSON = TESTS.parent / "lessons" / "16-batches"
+SURVIVES_OUTAGES, STOPS, LISTENS, SIGNALS, FORKS = 8, 9, 11, 14, 15  # from these lessons on
 QUEUE = "orders"
 PATIENCE = 30.0  # seconds; reached only if something is wrong
 
@@ -77,6 +79,7 @@ class Chaos:
         self.random = random.Random(options.seed)
         self.server = EmbeddedPostgres(directory / "postgres")
         self.workers: list[WorkerProcess] = []
+        self.clerks: dict[str, WorkerProcess] = {}  # by what they do
         self.started = 0
         self.enqueued = 0
         self.done: Counter[str] = Counter()  # which fault how often
@@ -127,6 +130,25 @@ class Chaos:
         asyncio.run(make_schema())
         for _ in range(self.options.workers):
             self.start_worker()
+        for lesson, work in {SIGNALS: "approve", FORKS: "reconsider"}.items():
+            if self.lesson >= lesson:
+                log = self.directory / f"clerk-{work}.log"
+                process = self.start_process(log, "clerk.py", self.options.lesson, QUEUE, work)
+                self.clerks[work] = WorkerProcess(process, log)
+                self.wait_until(self.clerks[work].is_ready, f"the clerk can {work}")
+
+    def start_process(self, log: Path, script: str, *arguments: Any) -> subprocess.Popen[bytes]:
+        with log.open("wb") as output:
+            # In a session of its own: Ctrl-C is for this program, which ends the others itself.
+            process = subprocess.Popen(
+                [sys.executable, "-B", Path(__file__).with_name(script), *arguments],
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env=os.environ | {"PYTHONPATH": str(TESTS)},
+            )
+        self.note(f"{log.name} is process {process.pid}")
+        return process
 
     def start_worker(self) -> None:
         self.started += 1
@@ -145,19 +167,10 @@ class Chaos:
             "concurrency": self.random.choice([1, 5, 100]),
             "durable_concurrency": self.random.choice([2, 1000]),
         }
-        script = Path(__file__).with_name("order_worker.py")
-        command = [sys.executable, "-B", script, self.options.lesson, QUEUE, json.dumps(settings)]
-        with log.open("wb") as output:
-            # In a session of its own: Ctrl-C is for this program, which ends the workers itself.
-            process = subprocess.Popen(
-                command,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                env=os.environ | {"PYTHONPATH": str(TESTS)},
-            )
+        process = self.start_process(
+            log, "order_worker.py", self.options.lesson, QUEUE, json.dumps(settings)
+        )
         self.workers.append(WorkerProcess(process, log))
-        self.note(f"{log.name} is process {process.pid}")
 
     def look_after_workers(self) -> None:
         """Continue those who have been stopped for long enough, replace those who have ended."""
@@ -182,6 +195,15 @@ class Chaos:
                 self.wrong.append(
                     f"{worker.log.name} was told to end and did so with status {status}"
                 )
+
+        for work, clerk in self.clerks.items():
+            if clerk.process.poll() is not None:
+                self.wrong.append(f"the clerk who does {work} has ended by itself: {clerk.log}")
+
+    def end_clerk(self, work: str) -> None:
+        if clerk := self.clerks.pop(work, None):
+            clerk.process.terminate()
+            clerk.process.wait()
 
     def statuses_when_told_to_end(self) -> set[int]:
         if self.lesson >= STOPS:
@@ -304,6 +326,7 @@ class Chaos:
     def settle(self) -> None:
         """The faults are over: let the workers finish, however long, as long as they get on."""
         self.note("the faults are over")
+        self.end_clerk("reconsider")
         for worker in self.workers:
             worker.continue_at = worker.continue_at and time.monotonic()
         deadline, before = 0.0, -1
@@ -316,6 +339,7 @@ class Chaos:
                 return
             self.look_after_workers()
             self.pause(0.1)
+        self.end_clerk("approve")
         self.wait_until(self.who_was_told_has_ended, "all who were told to end have ended")
         self.wait_until(self.only_the_living_are_listed, "`workers` lists all who live, only them")
 
@@ -335,7 +359,8 @@ class Chaos:
     def check(self) -> None:
         if (orders := self.query(FIGURES)[0]["orders"]) != self.enqueued:
             self.wrong.append(f"{self.enqueued} orders were enqueued, {orders} are there")
-        for what, statement in CHECKS.items():
+        checks = CHECKS | (BRANCH_CHECKS if self.lesson >= FORKS else {})
+        for what, statement in checks.items():
             for row in self.query(statement)[:20]:
                 self.wrong.append(f"{what}: {row}")
 
@@ -366,7 +391,7 @@ class Chaos:
 
     def clean_up(self) -> None:
         """Leave no process behind, whatever has happened."""
-        for worker in self.workers:
+        for worker in [*self.workers, *self.clerks.values()]:
             worker.process.kill()
             worker.process.wait()
         self.server.stop()
@@ -379,7 +404,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=0.3, help="how long there are faults")
     parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
-    parser.add_argument("--orders", type=int, default=200)
+    parser.add_argument("--orders", type=int, default=120)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--lesson", type=Path, default=LESSON, help="another one, or a copy")
     parser.add_argument(

@@ -15,11 +15,12 @@ By the first word after the fence, a block is
 
 All that is not checked stands in unchecked_blocks.txt, so that nothing goes unchecked by accident.
 
-The console blocks of a README run in their order, on one copy of the work tree with one database of
-its own, from the root; each command in a bash of its own. A command without output must succeed;
-one that is to fail shows its output to the end. In commands and outputs /tmp is a directory of the
-copy's own, /repo is the copy, and vm the host. Times and durations are not compared; process ids
-and the like need only be the same, or different, where those in the README are.
+The console blocks of a README run in their order, on one copy of the work tree (but for lessons,
+and tests, that they do not name) with one database of its own, from the root; each command in a
+bash of its own. A command without output must succeed; one that is to fail shows its output to the
+end. In commands and outputs /tmp is a directory of the copy's own, /repo is the copy, and vm the
+host. Times and durations are not compared; process ids and the like need only be the same, or
+different, where those in the README are.
 
 A worked answer in <details> has a copy and a database of its own. Its diff is a patch (-p1) to the
 lesson's files, and a console block after it shows that the answer works.

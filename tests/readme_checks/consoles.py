@@ -131,14 +131,14 @@ def trim(command: Command) -> None:
 
 
 class Sandbox:
-    """A copy of the repository with a database, for the commands of one script."""
+    """A copy of these files of the repository, with a database, for the commands of one script."""
 
-    def __init__(self, directory: Path, root: Path, database: str) -> None:
+    def __init__(self, directory: Path, root: Path, names: list[str], database: str) -> None:
         self.copy = directory / "copy"
         self.tmp = directory / "tmp"
         self.tmp.mkdir()
         self.database = database
-        for name in repository_files(root):
+        for name in names:
             (self.copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, self.copy / name)
         site = directory / "site"
@@ -232,14 +232,32 @@ class Sandbox:
         return None if end.returncode == 0 else " ".join((end.stdout + end.stderr).split())
 
 
+def needed_files(script: Script) -> list[str]:
+    """Of the repository what is not of a lesson that the script does not name; it is a lot."""
+    names = repository_files(script.readme.root)
+    text = "\n".join(line for block in script.blocks for line in block.lines)
+    own = script.readme.lesson
+    if not own or "lessons" in re.sub(r"lessons/\d\d-", "", text):
+        return names
+    numbers = {own.name[:2], *re.findall(r"\b\d\d\b", text)}
+    tests = "test" in text
+
+    def is_needed(name: str) -> bool:
+        lesson = re.match(r"lessons/(\d\d)-", name)
+        return lesson[1] in numbers if lesson else tests or not name.startswith("tests/")
+
+    return [name for name in names if is_needed(name)]
+
+
 @contextmanager
-def sandbox(root: Path, server_url: str) -> Iterator[Sandbox]:
+def sandbox(script: Script, server_url: str) -> Iterator[Sandbox]:
     """A new copy and an empty database, both gone after the block."""
     with (
         new_database(server_url) as database,
         tempfile.TemporaryDirectory(prefix="readme-", ignore_cleanup_errors=True) as directory,
     ):
-        box = Sandbox(Path(directory).resolve(), root, database)
+        root, names = script.readme.root, needed_files(script)
+        box = Sandbox(Path(directory).resolve(), root, names, database)
         try:
             yield box
         finally:
@@ -251,7 +269,7 @@ def run_script(script: Script, server_url: str) -> tuple[list[Run], list[Problem
     readme = script.readme
     runs: list[Run] = []
     problems: list[Problem] = []
-    with sandbox(readme.root, server_url) as box:
+    with sandbox(script, server_url) as box:
         for block in script.blocks:
             try:
                 if block.kind == "console":

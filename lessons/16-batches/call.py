@@ -1,0 +1,56 @@
+"""Calling a task's function with a limit: nobody waits beyond it, and errors stay in the task."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from datetime import timedelta
+from typing import Any
+
+from durable_context import DurableContext
+
+log = logging.getLogger("worker")
+
+Outcome = tuple[Any, BaseException | None]  # the output; and the error, or None
+
+
+async def call(
+    coroutine: Coroutine[Any, Any, Any],
+    context: DurableContext,
+    timeout: timedelta | None,
+    grace: float,
+) -> Outcome:
+    """Run this coroutine in an asyncio task of its own; return how it ended.
+
+    After `timeout`, when its task is suspended, or when this call is cancelled, the coroutine is
+    cancelled, and if it does not end within `grace` seconds it is left behind. The branches that
+    `context` knows are cancelled and awaited, too.
+    """
+    running = asyncio.create_task(_outcome(coroutine))
+    try:
+        seconds = None if timeout is None else timeout.total_seconds()
+        ends: set[asyncio.Future[Any]] = {running, context.left}
+        await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        in_time = running.done()
+        # First the context: what is cancelled must not start further steps.
+        left = {running, *context.end()}
+        for each in left:
+            each.cancel()
+        _, ignoring = await asyncio.wait(left, timeout=grace)
+        if ignoring:
+            log.warning("task %d ignores its cancellation, and is left behind", context.task_id)
+    if context.left.done():
+        return None, None  # nobody asks: the task is not ours any more
+    if not in_time:
+        return None, TimeoutError(f"timed out after {timeout}")
+    if running.cancelled():  # it returned while a cancellation of its own was due
+        return None, asyncio.CancelledError("the function cancelled itself")
+    return running.result()
+
+
+async def _outcome(coroutine: Coroutine[Any, Any, Any]) -> Outcome:
+    """An error is returned, not raised: a SystemExit would stop the event loop."""
+    try:
+        return await coroutine, None
+    except BaseException as error:
+        return None, error

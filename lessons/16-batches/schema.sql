@@ -1,0 +1,143 @@
+-- One table is the queue.
+
+CREATE TYPE task_status AS ENUM (
+    'QUEUED', 'RUNNING', 'COMPLETED', 'FAILED', 'SLEEPING', 'SUSPENDED'
+);
+
+-- Only what Python's times can hold: 'infinity' is refused. As domains, since a CHECK of the table
+-- would be parsed again by each statement that writes a task.
+CREATE DOMAIN readable_interval AS INTERVAL
+CHECK (VALUE BETWEEN '0 s' AND '1000 years');
+CREATE DOMAIN readable_time AS TIMESTAMPTZ
+CHECK (VALUE BETWEEN '1000-01-01' AND '9999-01-01');
+
+CREATE TABLE tasks (
+    id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    inserted_at readable_time NOT NULL DEFAULT now(),
+    queue TEXT NOT NULL,
+    task_name TEXT NOT NULL,
+    input JSONB NOT NULL,
+    output JSONB,
+    status task_status NOT NULL DEFAULT 'QUEUED',
+    finished_at readable_time,
+    retry_count INT NOT NULL DEFAULT 0,
+    max_retries INT NOT NULL DEFAULT 0,
+    timeout readable_interval,
+    schedule_timeout_at readable_time,
+    priority INT NOT NULL DEFAULT 1,
+    worker_id UUID,
+    attempt INT NOT NULL DEFAULT 0,
+    is_durable BOOLEAN NOT NULL DEFAULT false,
+    lost_count INT NOT NULL DEFAULT 0,
+    wake_at readable_time,
+    branch_id INT NOT NULL DEFAULT 1
+);
+
+-- The claim reads this index. It is partial: a finished task has no entry in it, once VACUUM
+-- has been by, so a million finished tasks cost the claim nothing.
+CREATE INDEX tasks_queued ON tasks (queue, is_durable, priority DESC, id)
+WHERE status = 'QUEUED';
+
+-- For those who look for running tasks, and for whose they are.
+CREATE INDEX tasks_running ON tasks (worker_id, id)
+WHERE status = 'RUNNING';
+
+-- For those who look for tasks that nobody claimed in time.
+CREATE INDEX tasks_expiring ON tasks (schedule_timeout_at)
+WHERE status = 'QUEUED' AND attempt = 0 AND schedule_timeout_at IS NOT NULL;
+
+-- For those who look for sleepers that are due.
+CREATE INDEX tasks_sleeping ON tasks (wake_at)
+WHERE status = 'SLEEPING';
+
+-- Who is alive. A worker is inactive if its row is missing or its heartbeat is old.
+CREATE TABLE workers (
+    id UUID PRIMARY KEY,
+    display_name TEXT NOT NULL,
+    last_heartbeat_at TIMESTAMPTZ NOT NULL DEFAULT now()
+);
+
+CREATE TYPE durable_event_kind AS ENUM ('TASK_STARTED', 'SLEEP_STARTED', 'SIGNAL_AWAITED');
+
+-- The event log: what a task has done so far, in order, whatever the attempt. A fork begins a new
+-- branch of it, which shares the events before the fork. The others are abandoned, and stay. What
+-- they started has finished, and is never run again: who wakes or delivers need not look at them.
+CREATE TABLE durable_events (
+    task_id BIGINT NOT NULL REFERENCES tasks ON DELETE CASCADE,
+    event_id BIGINT NOT NULL CHECK (event_id > 0),
+    kind durable_event_kind NOT NULL,
+    inserted_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+    key TEXT NOT NULL,
+    -- Deferrable, so that one DELETE can remove finished tasks with their children and logs.
+    child_task_id BIGINT NOT NULL UNIQUE REFERENCES tasks DEFERRABLE INITIALLY DEFERRED,
+    branch_id INT NOT NULL, -- in which it was written
+    abandoned_in INT, -- the first branch that does without it
+    PRIMARY KEY (task_id, branch_id, event_id)
+);
+
+-- The log of the current branch.
+CREATE UNIQUE INDEX durable_events_current ON durable_events (task_id, event_id)
+WHERE abandoned_in IS NULL;
+
+-- The branches that were left, and what they led to. The next one shares what is before from_event.
+CREATE TABLE task_branches (
+    task_id BIGINT NOT NULL REFERENCES tasks ON DELETE CASCADE,
+    branch_id INT NOT NULL,
+    from_event BIGINT NOT NULL,
+    status task_status NOT NULL,
+    output JSONB,
+    finished_at readable_time,
+    PRIMARY KEY (task_id, branch_id)
+);
+
+-- What was sent to durable tasks, and which wait, a child task, has received it.
+CREATE TABLE signals (
+    id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    task_id BIGINT NOT NULL REFERENCES tasks ON DELETE CASCADE,
+    name TEXT NOT NULL,
+    payload JSONB NOT NULL,
+    idempotency_key TEXT,
+    inserted_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+    received_by BIGINT UNIQUE REFERENCES tasks DEFERRABLE INITIALLY DEFERRED,
+    UNIQUE (task_id, idempotency_key)
+);
+
+-- For the oldest signal that nobody has received. Without the name: a long one fits into no index.
+CREATE INDEX signals_unreceived ON signals (task_id, id)
+WHERE received_by IS NULL;
+
+-- Whoever finishes a task wakes its parent, if that is suspended. Two statements: the first waits for
+-- a parent that is just being suspended, and only the second, which begins after that, can see it.
+-- KEY SHARE is the weakest lock that waits for the suspender's: finishers do not wait for each other.
+CREATE FUNCTION wake_parent() RETURNS TRIGGER AS $$
+DECLARE
+    parent_id BIGINT;
+BEGIN
+    SELECT parent.id
+    INTO parent_id
+    FROM durable_events AS event
+    JOIN tasks AS parent ON parent.id = event.task_id
+    WHERE event.child_task_id = NEW.id
+    FOR KEY SHARE OF parent;
+
+    UPDATE tasks
+    SET status = 'QUEUED'
+    WHERE id = parent_id
+      AND status = 'SUSPENDED';
+    RETURN NULL;
+END
+$$ LANGUAGE plpgsql;
+
+CREATE TRIGGER task_finished
+AFTER UPDATE OF status ON tasks
+FOR EACH ROW
+WHEN (NEW.status IN ('COMPLETED', 'FAILED') AND OLD.status NOT IN ('COMPLETED', 'FAILED'))
+EXECUTE FUNCTION wake_parent();
+
+-- The demo's payment service: who was charged, once for each key, however often it is asked.
+CREATE TABLE payments (
+    idempotency_key BIGINT PRIMARY KEY,
+    order_id TEXT NOT NULL,
+    amount NUMERIC NOT NULL,
+    inserted_at TIMESTAMPTZ NOT NULL DEFAULT now()
+);
