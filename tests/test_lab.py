@@ -78,7 +78,9 @@ def test_every_lesson_runs_and_shows_what_it_has(lesson: Lesson, database: str) 
             assert page.worker("A")["heartbeat_age"] < DEADLINE
             assert state["lesson"]["inactive_after"] == 1.0
         assert state["queue"]["COMPLETED"] == (3 if lesson.number >= 7 else 1)
-        assert "RUNNING process_order" in [line.get("what") for line in page.log]
+        page.until(
+            lambda: "RUNNING process_order" in [x.get("what") for x in page.log], "so it says"
+        )
 
 
 def test_a_killed_worker_and_who_takes_over(lab: LabProcess) -> None:
@@ -141,7 +143,7 @@ def test_sigterm_and_cut_connections(database: str) -> None:
         assert page.worker("A")["exit"] == 0
 
 
-def test_retry_replay_and_signal(database: str) -> None:
+def test_retry_replay_fork_and_signal(database: str) -> None:
     with open_lab(LATEST) as lab:
         lab.do("start_worker")
         id, page = start_order(lab, "failing_order")
@@ -153,6 +155,16 @@ def test_retry_replay_and_signal(database: str) -> None:
             lab.do("retry", task=id)
         lab.do("replay", task=id)
         page.until(lambda: len(page.state["chosen"]["payments"]) == 2, "it is charged again")
+
+        page.until(lambda: is_finished(page, "FAILED"), "its email has failed once more")
+        lab.do("fork", task=id, event=2)
+        left = [1, 2]  # replaced from their first event on, and from the second
+        page.until(
+            lambda: [b["from_event"] for b in page.state["chosen"]["branches"]] == left,
+            "it is forked",
+        )
+        page.until(lambda: is_finished(page, "FAILED"), "it has ended")
+        assert len(page.state["chosen"]["payments"]) == 2
 
         id, page = start_order(lab, "approval")
         page.until(lambda: len(page.state["chosen"]["events"]) == 2, "it waits")
@@ -171,7 +183,7 @@ def test_two_pages_a_thousand_orders_and_one_that_comes_again(lab: LabProcess) -
     assert len(first.state["tasks"]) == 30
     lab.do("start_worker")
     first.until(lambda: first.state["queue"]["COMPLETED"] > 100, "they run")
-    seen = first.log[-1]["n"]
+    seen = first.until(lambda: first.log[-1:], "it has the log")[0]["n"]
     again = lab.request("/api/stream", x_lab_token=lab.token, last_event_id=str(seen))
     page = Page(again)
     page.until(lambda: page.log, "it gets the log")

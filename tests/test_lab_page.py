@@ -17,6 +17,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 import browser as machine
 from lab_process import DEADLINE, LabProcess, open_lab
+from shared.lab import scenes
 from shared.lessons import find_lesson
 
 # Scenes have deadlines of their own, which are to be reached first.
@@ -172,47 +173,60 @@ def play(page: Page, title: str, answer: Callable[[list[str]], str]) -> list[str
         page.locator("#scene .sentence", has_not_text=sentence).wait_for()
 
 
-SCENES = {
-    "04": {
-        "Killed half-way through an order": ["Two"],
-        "Frozen, and back": ["It is refused"],
-    },
-    "07": {
-        "Killed before event and child are written": ["Once"],
-        "Killed before anybody claims the child": ["charge_payment"],
-        "Killed while the child runs": ["process_order and charge_payment"],
-        "Killed after the charge, before its outcome": ["One"],
-        "Killed between two steps": ["process_order alone"],
-        "Killed after the last step": ["process_order alone"],
-        "Frozen, and back": ["It is refused"],
-    },
-    "12": {
-        "Told to stop": ["B has it at once, while A still packs"],
-        "Killed while an order sleeps": ["8 seconds"],
-    },
-    "14": {
-        "Told to stop": ["B has it at once, while A still packs"],
-        "Killed, and nothing is lost": ["No, it was nobody's when A died"],
-        "Approved before it has asked": ["It is received"],
-        "Approved while no worker runs": ["QUEUED"],
-    },
-}
+# Lesson, INACTIVE_AFTER, and for each scene the right answer.
+SCENES: list[tuple[str, float, dict[str, str]]] = [
+    (
+        "04",
+        1,
+        {"Killed half-way through an order": "Two", "Frozen, and back": "It is refused"},
+    ),
+    (
+        "07",
+        1,
+        {
+            "Killed before event and child are written": "Once",
+            "Killed while the child runs": "process_order and charge_payment",
+            "Killed after the charge, before its outcome": "One",
+            "Killed between two steps": "process_order alone",
+            "Killed after the last step": "process_order alone",
+            "Frozen, and back": "It is refused",
+        },
+    ),
+    # What a worker runs first, if it starts long before it may take over.
+    ("07", 10, {"Killed before anybody claims the child": "charge_payment"}),
+    (
+        "12",
+        1,
+        {
+            "Told to stop": "B has it at once, while A still packs",
+            "Killed while an order sleeps": "8 seconds",
+        },
+    ),
+    (
+        "14",
+        1,
+        {
+            "Told to stop": "B has it at once, while A still packs",
+            "Killed, and nothing is lost": "No, it was nobody's when A died",
+            "Approved before it has asked": "It is received",
+            "Approved while no worker runs": "QUEUED",
+        },
+    ),
+    ("15", 1, {"Only the email again": "send_confirmation_email"}),
+]
 
 
-@pytest.mark.parametrize("number", SCENES)
-def test_each_scene_plays_to_its_end(browser: Browser, database: str, number: str) -> None:
-    # Long enough for a worker to start: one scene asks what it does before it takes over.
-    with open_lab(number, INACTIVE_AFTER=2.0) as lab, opened(browser, lab) as page:
-        for title, rights in SCENES[number].items():
-            assert play(page, title, lambda choices: choices[0]) == rights
+@pytest.mark.parametrize(("number", "inactive_after", "rights"), SCENES)
+def test_each_scene_plays_to_its_end(
+    browser: Browser, database: str, number: str, inactive_after: float, rights: dict[str, str]
+) -> None:
+    with open_lab(number, INACTIVE_AFTER=inactive_after) as lab, opened(browser, lab) as page:
+        for title, right in rights.items():
+            assert play(page, title, lambda choices: choices[0]) == [right]
 
 
 def test_every_scene_is_played() -> None:
-    """By the test above, but for those of lessons that are not here yet."""
-    from shared.lab.scenes import SCENES as ALL
-
-    played = {title for scenes in SCENES.values() for title in scenes}
-    assert {scene.title for scene in ALL} - played <= {"Only the email again"}
+    assert {scene.title for scene in scenes.SCENES} == {title for *_, s in SCENES for title in s}
 
 
 def test_a_second_tab_and_a_reload_are_in_the_midst_of_it(

@@ -70,7 +70,7 @@ class Live:
         self._last_news = 0.0
         self._times: dict[str, float] = {}  # of the engine, as the last worker has told them
         self._conn: Connection | None = None
-        self._last: tuple[State, dict[int, State]] = ({}, {})
+        self._last: tuple[State, dict[int, State | None]] = ({}, {})
 
     def begin(self, hand: Hand) -> None:
         """Say whose run this is."""
@@ -100,15 +100,15 @@ class Live:
                 await self._news.wait()
         self._news.clear()
 
-    async def read(self) -> tuple[State, dict[int, State]]:
+    async def read(self) -> tuple[State, dict[int, State | None]]:
         """The state, and the tasks that the tabs look at; as they were, if they are away."""
         try:
             conn = await self._connection()
             base = await self.stage.read(conn)
             ids = {tab.chosen for tab in self.tabs if tab.chosen is not None}
-            found = {id: await self.stage.read_chosen(conn, id) for id in ids}
+            chosen = {id: await self.stage.read_chosen(conn, id) for id in ids}
             self.away = None
-            self._last = base, {id: task for id, task in found.items() if task}
+            self._last = base, chosen
             return self._last
         except SystemExit as error:
             self.error = str(error)
@@ -143,11 +143,13 @@ class Live:
             await self._conn.close()
             self._conn = None
 
-    async def _send(self, read: tuple[State, dict[int, State]]) -> None:
+    async def _send(self, read: tuple[State, dict[int, State | None]]) -> None:
         base, chosen = read
         state = self._surroundings() | base | self.extras()
         for tab in self.tabs:
-            tab.offer(state | {"chosen": chosen.get(tab.chosen) if tab.chosen else None})
+            # A tab that was opened while we were reading waits for the next time.
+            if tab.chosen is None or tab.chosen in chosen or self.away or self.error:
+                tab.offer(state | {"chosen": chosen.get(tab.chosen) if tab.chosen else None})
             if tab.seen < self.hand.record.last_number:
                 tab.news.set()
 

@@ -47,10 +47,7 @@ function extras(chosen) {
     pairs.push([`signal ${signal.name}`, `${text(signal.payload)}, ${fate}`]);
   }
   for (const branch of chosen.branches ?? []) {
-    pairs.push([
-      `branch ${branch.branch}`,
-      `${branch.status}, left; it began at event ${branch.from_event}`,
-    ]);
+    pairs.push([`branch ${branch.branch}`, `${branch.status}, left at event ${branch.from_event}`]);
   }
   const shown = pairs.filter((pair) => pair[1]);
   if (!shown.length) return null;

@@ -8,7 +8,7 @@ import { enqueueButtons, queue } from "./queue.js";
 import { scene } from "./scene.js";
 import { workers } from "./workers.js";
 
-const TICK = 250; // ms between two looks at the clock
+const TICK = 500; // ms between two looks at the clock; each one costs a repaint
 
 const $ = (id) => document.getElementById(id);
 let state = null; // the server's last word
