@@ -160,8 +160,8 @@ async def before_the_claim(lab: Hand) -> Steps:
     first = await first_run(lab, other)
     await finished(lab, child["child_task_id"])
     yield Step(
-        "A child is a task like any other. It was in the queue, so B claimed it at once, and need "
-        "not know whose child it is. The order itself is still RUNNING in the name of the dead "
+        "A child is a task like any other. It was in the queue, so B claimed it at once, without "
+        "asking whose child it is. The order itself is still RUNNING in the name of the dead "
         "worker. What will its second attempt find?",
         rows=await tasks(lab, order),
         right=first,
@@ -179,7 +179,7 @@ async def before_the_claim(lab: Hand) -> Steps:
 async def while_the_child_runs(lab: Hand) -> Steps:
     """07, moment 3: the child is RUNNING on the same worker."""
     yield Step(
-        "Next gap: the child has been claimed, and its function runs, on the same worker as the "
+        "Another gap: the child has been claimed, and its function runs, on the same worker as the "
         "order.",
         meanwhile="Worker A claims the order, and then its first step.",
     )
@@ -232,7 +232,7 @@ async def after_the_charge(lab: Hand) -> Steps:
 async def between_two_steps(lab: Hand) -> Steps:
     """07, moment 4: the outcome of the first step is written."""
     yield Step(
-        "Now the first step is done, its outcome is written, and the order has not asked for the "
+        "The first step is done, its outcome is written, and the order has not asked for the "
         "second one.",
         meanwhile="Worker A charges the customer, and writes that down.",
     )
