@@ -141,7 +141,7 @@ def test_sigterm_and_cut_connections(database: str) -> None:
         assert page.worker("A")["exit"] == 0
 
 
-def test_retry_replay_and_signal(database: str) -> None:
+def test_retry_replay_fork_and_signal(database: str) -> None:
     with open_lab(LATEST) as lab:
         lab.do("start_worker")
         id, page = start_order(lab, "failing_order")
@@ -153,6 +153,16 @@ def test_retry_replay_and_signal(database: str) -> None:
             lab.do("retry", task=id)
         lab.do("replay", task=id)
         page.until(lambda: len(page.state["chosen"]["payments"]) == 2, "it is charged again")
+
+        page.until(lambda: is_finished(page, "FAILED"), "its email has failed once more")
+        lab.do("fork", task=id, event=2)
+        left = [1, 2]  # replaced from their first event on, and from the second
+        page.until(
+            lambda: [b["from_event"] for b in page.state["chosen"]["branches"]] == left,
+            "it is forked",
+        )
+        page.until(lambda: is_finished(page, "FAILED"), "it has ended")
+        assert len(page.state["chosen"]["payments"]) == 2
 
         id, page = start_order(lab, "approval")
         page.until(lambda: len(page.state["chosen"]["events"]) == 2, "it waits")

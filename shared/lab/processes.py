@@ -104,7 +104,7 @@ class Processes:
         key = key_of(self._count)
         url = make_conninfo(database_url(), application_name=self.application_name(key))
         # In a process group of its own, so that Ctrl-C is for the lab. Should the lab be killed,
-        # the system then also wakes and ends a worker that is frozen and so cannot see it.
+        # most systems then also wake and end a worker that is frozen and so cannot see it.
         group: dict[str, Any] = {"process_group": 0}
         if sys.platform == "win32":
             group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}

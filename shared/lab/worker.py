@@ -5,10 +5,12 @@ ends, the lab has ended, and so does this process at once. SETTINGS is a JSON ob
 """
 
 import asyncio
+import ctypes
 import importlib
 import inspect
 import json
 import os
+import signal
 import sys
 import threading
 from contextlib import suppress
@@ -24,6 +26,7 @@ from shared.lab.lesson import OpenLesson
 
 MARK = "@lab "  # begins the lines that are for the lab, not for people
 SLOTS_INTERVAL = 0.25  # seconds
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class Settings(TypedDict):
@@ -47,6 +50,15 @@ def obey(gates: Gates, loop: asyncio.AbstractEventLoop) -> None:
             with suppress(RuntimeError):  # the loop is closed: this process is ending anyway
                 loop.call_soon_threadsafe(gates.set, json.loads(line)["gates"])
     os._exit(1)
+
+
+def die_with_the_lab() -> None:
+    """On Linux: let the system kill this process when the lab ends, also while it is frozen.
+
+    Elsewhere it continues frozen processes whose parent has ended, and those read the end of stdin.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def import_lesson(path: Path, constants: dict[str, float]) -> dict[str, ModuleType]:
@@ -102,6 +114,7 @@ async def keep_telling(worker: Any) -> None:
 
 
 async def main(path: Path, queue: str, settings: Settings) -> None:
+    die_with_the_lab()
     gates = Gates(say)
     gates.closed = set(settings["gates"])
     threading.Thread(
