@@ -13,7 +13,7 @@ from shared.lab.step import (
     number,
     payments,
     ran_again,
-    said,
+    says_of,
     status,
     tasks,
 )
@@ -65,13 +65,12 @@ async def charged_twice(lab: Hand) -> Steps:
 
 async def fenced_off(lab: Hand) -> Steps:
     """04 and later: a worker that was frozen comes back."""
-    gate = "process_order:end"
     yield Step(
         "A worker need not be dead to be silent: a laptop's lid was closed. We freeze one in the "
         "last line of its function.",
         meanwhile="Worker A claims the order, and comes to the last line.",
     )
-    worker, order = await held_at(lab, gate)
+    worker, order = await held_at(lab, "process_order:end")
     await lab.freeze(worker)
     await lab.release()
     yield Step(
@@ -82,24 +81,27 @@ async def fenced_off(lab: Hand) -> Steps:
     )
     await lab.start_worker()
     await finished(lab, order)
-    before = await tasks(lab, order)
+    overwrites, refused, again = (
+        "It overwrites B's outcome",
+        "It is refused",
+        "The order runs again",
+    )
     yield Step(
         f"B has finished the order in a second attempt. Now {worker} is thawed. It knows nothing "
         "of all this, and writes the outcome of attempt 1.",
         question="What becomes of its write?",
-        choices=["It overwrites B's outcome", "It is refused", "The order runs once more"],
-        rows=before,
+        choices=[overwrites, refused, again],
+        rows=await tasks(lab, order),
         meanwhile="The worker wakes up, in the middle of its function.",
     )
     line = lab.record.last_number
     await lab.thaw(worker)
-    await said(lab, worker, "not ours any more", line)
-    after = await tasks(lab, order)
+    says = await says_of(lab, worker, order, line)
     yield Step(
         "Its write says: only if the attempt is still 1. The attempt is 2, so no row matches. The "
         "worker says so in its log, drops the outcome, and is a worker like any other again.",
-        rows=after,
-        right="It is refused" if after == before else "It overwrites B's outcome",
+        rows=await tasks(lab, order),
+        right=refused if says.startswith("is not ours") else overwrites,
         is_last=True,
     )
 
