@@ -81,16 +81,12 @@ async def fenced_off(lab: Hand) -> Steps:
     )
     await lab.start_worker()
     await finished(lab, order)
-    overwrites, refused, again = (
-        "It overwrites B's outcome",
-        "It is refused",
-        "The order runs again",
-    )
+    overwrites, refused = "It overwrites B's outcome", "It is refused"
     yield Step(
         f"B has finished the order in a second attempt. Now {worker} is thawed. It knows nothing "
         "of all this, and writes the outcome of attempt 1.",
         question="What becomes of its write?",
-        choices=[overwrites, refused, again],
+        choices=[overwrites, refused, "The order runs again"],
         rows=await tasks(lab, order),
         meanwhile="The worker wakes up, in the middle of its function.",
     )
