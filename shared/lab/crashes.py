@@ -13,7 +13,7 @@ from shared.lab.step import (
     number,
     payments,
     ran_again,
-    said,
+    says_of,
     status,
     tasks,
 )
@@ -65,13 +65,12 @@ async def charged_twice(lab: Hand) -> Steps:
 
 async def fenced_off(lab: Hand) -> Steps:
     """04 and later: a worker that was frozen comes back."""
-    gate = "process_order:end"
     yield Step(
         "A worker need not be dead to be silent: a laptop's lid was closed. We freeze one in the "
         "last line of its function.",
         meanwhile="Worker A claims the order, and comes to the last line.",
     )
-    worker, order = await held_at(lab, gate)
+    worker, order = await held_at(lab, "process_order:end")
     await lab.freeze(worker)
     await lab.release()
     yield Step(
@@ -82,24 +81,23 @@ async def fenced_off(lab: Hand) -> Steps:
     )
     await lab.start_worker()
     await finished(lab, order)
-    before = await tasks(lab, order)
+    overwrites, refused = "It overwrites B's outcome", "It is refused"
     yield Step(
         f"B has finished the order in a second attempt. Now {worker} is thawed. It knows nothing "
         "of all this, and writes the outcome of attempt 1.",
         question="What becomes of its write?",
-        choices=["It overwrites B's outcome", "It is refused", "The order runs once more"],
-        rows=before,
+        choices=[overwrites, refused, "The order runs again"],
+        rows=await tasks(lab, order),
         meanwhile="The worker wakes up, in the middle of its function.",
     )
     line = lab.record.last_number
     await lab.thaw(worker)
-    await said(lab, worker, "not ours any more", line)
-    after = await tasks(lab, order)
+    says = await says_of(lab, worker, order, line)
     yield Step(
         "Its write says: only if the attempt is still 1. The attempt is 2, so no row matches. The "
         "worker says so in its log, drops the outcome, and is a worker like any other again.",
-        rows=after,
-        right="It is refused" if after == before else "It overwrites B's outcome",
+        rows=await tasks(lab, order),
+        right=refused if says.startswith("is not ours") else overwrites,
         is_last=True,
     )
 
@@ -160,8 +158,8 @@ async def before_the_claim(lab: Hand) -> Steps:
     first = await first_run(lab, other)
     await finished(lab, child["child_task_id"])
     yield Step(
-        "A child is a task like any other. It was in the queue, so B claimed it at once, and need "
-        "not know whose child it is. The order itself is still RUNNING in the name of the dead "
+        "A child is a task like any other. It was in the queue, so B claimed it at once, without "
+        "asking whose child it is. The order itself is still RUNNING in the name of the dead "
         "worker. What will its second attempt find?",
         rows=await tasks(lab, order),
         right=first,
@@ -179,7 +177,7 @@ async def before_the_claim(lab: Hand) -> Steps:
 async def while_the_child_runs(lab: Hand) -> Steps:
     """07, moment 3: the child is RUNNING on the same worker."""
     yield Step(
-        "Next gap: the child has been claimed, and its function runs, on the same worker as the "
+        "Another gap: the child has been claimed, and its function runs, on the same worker as the "
         "order.",
         meanwhile="Worker A claims the order, and then its first step.",
     )
@@ -232,7 +230,7 @@ async def after_the_charge(lab: Hand) -> Steps:
 async def between_two_steps(lab: Hand) -> Steps:
     """07, moment 4: the outcome of the first step is written."""
     yield Step(
-        "Now the first step is done, its outcome is written, and the order has not asked for the "
+        "The first step is done, its outcome is written, and the order has not asked for the "
         "second one.",
         meanwhile="Worker A charges the customer, and writes that down.",
     )

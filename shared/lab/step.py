@@ -119,14 +119,14 @@ async def first_run(lab: Hand, worker: str) -> str:
     return str(await lab.wait_for(find, f"worker {worker} runs a task"))
 
 
-async def said(lab: Hand, worker: str, words: str, since: int) -> None:
-    """Wait until a worker says something, in a line of the log after this number."""
+async def says_of(lab: Hand, worker: str, task: int, since: int) -> str:
+    """What a worker says first of a task, in a line of the log after this number."""
 
-    def is_said() -> bool:
-        lines = lab.record.newer_than(since)
-        return any(line["worker"] == worker and words in line["text"] for line in lines)
+    def find() -> str | None:
+        lines = [line for line in lab.record.newer_than(since) if line["worker"] == worker]
+        return next((line["what"] for line in lines if line.get("task") == task), None)
 
-    await lab.wait_for(is_said, f"worker {worker} says {words!r}")
+    return str(await lab.wait_for(find, f"worker {worker} says something of task {task}"))
 
 
 async def ran_again(lab: Hand, order: int) -> str:

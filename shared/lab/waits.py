@@ -19,16 +19,16 @@ async def slept_through(lab: Hand) -> Steps:
     asleep = "SELECT count(*) > 0 FROM tasks WHERE queue = %(queue)s AND status = 'SLEEPING'"
     await lab.until(asleep, {}, "the order sleeps")
     await lab.kill(worker)
+    await lab.start_worker()  # before the question: it may take long to answer
     choices = [f"{ASLEEP} seconds", f"{2 * ASLEEP} seconds", "For ever"]
     yield Step(
         f"The sleep is a child task with a time in the column wake_at. Worker {worker} was killed "
-        "as it began. Worker B will be started.",
+        "as it began. Worker B has been started.",
         question="How long will the sleep take in all?",
         choices=choices,
         rows=await tasks(lab, order),
         meanwhile="The order is lost, and taken over. The sleep is not even noticed.",
     )
-    await lab.start_worker()
     await finished(lab, order)
     (slept,) = await lab.rows(
         "SELECT extract(epoch FROM finished_at - inserted_at)::float AS seconds FROM tasks "
@@ -60,16 +60,16 @@ async def nobodys(lab: Hand) -> Steps:
     await lab.until(asleep, {}, "the order sleeps")
     suspended = "SELECT status = 'SUSPENDED' FROM tasks WHERE id = %(id)s"
     await lab.until(suspended, slept, "the order is suspended")
+    await lab.kill(worker)
     choices = ["Yes, after five seconds", "No, it was nobody's when A died"]
     yield Step(
-        f"The order is SUSPENDED: no slot, no memory, no worker. {worker} is about to be killed, "
-        "and worker B will be started.",
+        f"The order is SUSPENDED: no slot, no memory, no worker. {worker} has been killed, and "
+        "worker B will be started.",
         question="Will anybody notice that the order has lost its worker?",
         choices=choices,
         rows=await tasks(lab, order),
         meanwhile="The sleep ends when it ends.",
     )
-    await lab.kill(worker)
     await lab.start_worker()
     await finished(lab, order)
     (row,) = await lab.rows("SELECT lost_count FROM tasks WHERE id = %(id)s", slept)
