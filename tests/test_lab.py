@@ -50,8 +50,11 @@ def start_order(lab: LabProcess, kind: str = "order") -> tuple[int, Page]:
 
 
 def is_finished(page: Page, status: str = "COMPLETED") -> bool:
-    chosen = page.state.get("chosen") or {"task": {"status": None}}
-    return bool(chosen["task"]["status"] == status)
+    """Whether the page shows that its task has ended: the row, and then the workers' lines."""
+    if not (chosen := page.state["chosen"]):
+        return False
+    lanes = chosen["lanes"] + [lane for child in chosen["children"] for lane in child["lanes"]]
+    return bool(chosen["task"]["status"] == status) and all("end" in lane for lane in lanes)
 
 
 def ends(lanes: list[dict[str, Any]]) -> list[str | None]:
