@@ -50,8 +50,11 @@ def start_order(lab: LabProcess, kind: str = "order") -> tuple[int, Page]:
 
 
 def is_finished(page: Page, status: str = "COMPLETED") -> bool:
-    chosen = page.state.get("chosen") or {"task": {"status": None}}
-    return bool(chosen["task"]["status"] == status)
+    """Whether the page shows that its task has ended: the row, and then the workers' lines."""
+    if not (chosen := page.state["chosen"]):
+        return False
+    lanes = chosen["lanes"] + [lane for child in chosen["children"] for lane in child["lanes"]]
+    return bool(chosen["task"]["status"] == status) and all("end" in lane for lane in lanes)
 
 
 def ends(lanes: list[dict[str, Any]]) -> list[str | None]:
@@ -78,7 +81,9 @@ def test_every_lesson_runs_and_shows_what_it_has(lesson: Lesson, database: str) 
             assert page.worker("A")["heartbeat_age"] < DEADLINE
             assert state["lesson"]["inactive_after"] == 1.0
         assert state["queue"]["COMPLETED"] == (3 if lesson.number >= 7 else 1)
-        assert "RUNNING process_order" in [line.get("what") for line in page.log]
+        page.until(
+            lambda: "RUNNING process_order" in [x.get("what") for x in page.log], "so it says"
+        )
 
 
 def test_a_killed_worker_and_who_takes_over(lab: LabProcess) -> None:
@@ -181,7 +186,7 @@ def test_two_pages_a_thousand_orders_and_one_that_comes_again(lab: LabProcess) -
     assert len(first.state["tasks"]) == 30
     lab.do("start_worker")
     first.until(lambda: first.state["queue"]["COMPLETED"] > 100, "they run")
-    seen = first.log[-1]["n"]
+    seen = first.until(lambda: first.log[-1:], "it has the log")[0]["n"]
     again = lab.request("/api/stream", x_lab_token=lab.token, last_event_id=str(seen))
     page = Page(again)
     page.until(lambda: page.log, "it gets the log")
