@@ -162,10 +162,19 @@ class Player:
         self._performance: Performance | None = None
 
     async def start(self, name: str) -> None:
-        """Begin a scene: whatever worker runs is killed, and the first step is shown."""
+        """Begin a scene: whatever worker runs is killed, and the first step is shown.
+
+        Raises LabError while tasks are open: a worker would be held at a gate in one of these.
+        """
         scene = next((one for one in of_lesson(self.lab.lesson) if one.name == name), None)
         if scene is None:
             raise LabError(f"there is no scene {name!r} in this lesson")
+        if count := await self.lab.open_tasks():
+            tasks = f"{count} open tasks" if count > 1 else "an open task"
+            raise LabError(
+                f"The queue still has {tasks}, and a scene needs the workers for itself. "
+                "Start a worker and let it finish, or press “Empty the queue”."
+            )
         await self.stop()
         await self.lab.stop_all()
         self._performance = Performance(scene, self.lab)

@@ -32,11 +32,17 @@ export function queue(state, chosen) {
   );
   const tasks = family(state.tasks).map((task) => item(task, chosen));
   return [
-    el("div", { class: "counts" }, counts),
+    el("div", { class: "counts", "data-key": "counts" }, counts),
+    tasks.length > 0 &&
+      action("empty", {}, "Empty the queue", {
+        class: "small",
+        "data-key": "empty",
+        title: "Kills all workers, and deletes the lab's tasks",
+      }),
     tasks.length
       ? el("ol", { class: "tasks", "aria-label": "The newest tasks" }, tasks)
-      : el("p", { class: "none" }, "Nothing has been enqueued yet."),
-  ];
+      : el("p", { class: "none" }, "The queue is empty."),
+  ].filter(Boolean);
 }
 
 /** Parents newest first, each followed by its children in their order. */
