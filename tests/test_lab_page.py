@@ -155,11 +155,10 @@ def play(page: Page, title: str, answer: Callable[[list[str]], str]) -> list[str
     click(page, title)
     rights = []
     while True:
-        button = scene.locator("button.primary:not([aria-disabled=true]), .choices button").first
+        button = scene.locator("button.primary, .choices button").first
         button.wait_for()
         assert not scene.get_by_text("cannot go on").is_visible(), scene.inner_text()
-        if verdict := scene.locator(".answer").all_inner_texts():
-            rights += [text.rpartition(": ")[2] for text in verdict]
+        rights += scene.locator(".truth").all_inner_texts()
         if choices := scene.locator(".choices button").all_inner_texts():
             click(page, answer(choices))
             scene.locator(".choices").wait_for(state="detached")
@@ -245,6 +244,9 @@ def test_a_second_tab_and_a_reload_are_in_the_midst_of_it(
         expect(picture(page)).to_have_attribute("aria-label", words or "")
         click(page, "One")
         for tab in (page, other):
+            expect(tab.get_by_text("You said “One”.")).to_be_visible()
+            expect(tab.locator("#scene button.primary")).to_have_count(0)
+        for tab in (page, other):
             expect(tab.locator(".verdict")).to_have_text("Right:")
             expect(tab.locator(".rows tbody tr")).to_have_count(1)
 
@@ -319,7 +321,9 @@ def test_axe_finds_nothing(
         expect(page.locator(".choices")).to_be_visible()
         check(page)
         click(page, "Two")
-        expect(page.locator(".verdict")).to_be_visible()
+        expect(page.locator(".working")).to_be_visible()
+        check(page)
+        expect(page.locator(".answer")).to_contain_text("Not quite. You said “Two”. It was: One")
         check(page)
         page.get_by_role("tab", name="Diff").click()
         expect(page.get_by_role("heading", name="durable_context.py")).to_be_visible()

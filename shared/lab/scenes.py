@@ -136,6 +136,7 @@ class Performance:
             "rows": step.rows and {"title": step.rows.title, "rows": step.rows.rows},
             "button": step.button,
             "busy": step.meanwhile if self._work is not None else None,
+            "said": self._given if self._work is not None else None,
             "choices": None if self._work is not None or self._error else step.choices or None,
             "answer": self._answer(step),
             "error": self._error,
