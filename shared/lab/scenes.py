@@ -178,6 +178,7 @@ class Player:
             )
         await self.stop()
         await self.lab.stop_all()
+        self.lab.record.say("scene", f"the scene begins: {scene.title}")
         self._performance = Performance(scene, self.lab)
         await self._performance.begin()
 
