@@ -194,6 +194,33 @@ def test_two_pages_a_thousand_orders_and_one_that_comes_again(lab: LabProcess) -
     assert page.state["workers"]
 
 
+@pytest.mark.parametrize("number", ["04", "07", LATEST.name[:2]])
+def test_a_scene_wants_an_empty_queue_and_one_can_empty_it(database: str, number: str) -> None:
+    with open_lab(number) as lab:
+        scene = "frozen"  # every one of these lessons has it
+        lab.do("start_worker")
+        done, page = start_order(lab, "approval" if number == LATEST.name[:2] else "order")
+        if number == LATEST.name[:2]:  # rows in every table that leads to tasks
+            lab.do("signal", task=done, name="approval", payload=1)
+        page.until(lambda: is_finished(page), "the order is completed")
+        lab.do("kill", worker="A")
+        lab.do("start_worker", concurrency=0, durable_concurrency=0)
+        lab.do("enqueue")
+        with pytest.raises(Refused, match=r"still has an open task, .*Empty the queue"):
+            lab.do("scene", name=scene)
+        lab.do("enqueue", count=2)
+        with pytest.raises(Refused, match="still has 3 open tasks"):
+            lab.do("scene", name=scene)
+        assert is_running(page.worker("B")["pid"]), "a scene that is refused kills nobody"
+        assert page.state["scene"] is None
+
+        lab.do("empty")
+        page.until(lambda: not any(page.state["queue"].values()), "the queue is empty")
+        page.until(lambda: page.state["workers"] == [], "and no worker runs")
+        lab.do("scene", name=scene)
+        page.until(lambda: page.state["scene"] and page.state["scene"]["name"] == scene, "begun")
+
+
 def test_only_who_knows_the_token_gets_in(lab: LabProcess) -> None:
     host, port = lab.address.removeprefix("http://").split(":")
     assert host == "127.0.0.1"

@@ -45,7 +45,7 @@ async def charged_twice(lab: Hand) -> Steps:
     worker, order = await held_at(lab, "process_order:between")
     yield Step(
         f"Worker {worker} has charged the customer. It has not sent the email, and the order is "
-        "RUNNING. It is about to be killed, and worker B will be started.",
+        f"RUNNING. Then {worker} is killed, and worker B is started.",
         question="How many payments will there be in the end?",
         choices=["None", "One", "Two"],
         rows=await payments(lab, order),
@@ -112,7 +112,7 @@ async def before_the_event(lab: Hand) -> Steps:
     worker, order = await held_at(lab, "process_order:start")
     yield Step(
         f"Worker {worker} has called process_order, and has not asked for a step yet. The log is "
-        f"empty. {worker} is about to be killed, and worker B will be started.",
+        f"empty. Then {worker} is killed, and worker B is started.",
         question="How often will charge_payment be called in all?",
         choices=["Never", "Once", "Twice"],
         rows=await events(lab, order),
@@ -122,7 +122,7 @@ async def before_the_event(lab: Hand) -> Steps:
     rows = await tasks(lab, order)
     calls = sum(row["attempt"] for row in rows.rows if row["task_name"] == "charge_payment")
     yield Step(
-        "B's attempt found no event, so it wrote one, and created the child. It could not tell "
+        "B's attempt found no event, so it wrote one, and created the child. The log did not show "
         "that there had been an attempt before.",
         rows=rows,
         right={0: "Never", 1: "Once", 2: "Twice"}.get(calls, f"{calls} times"),
@@ -146,8 +146,8 @@ async def before_the_claim(lab: Hand) -> Steps:
         "the first event is written",
     )
     yield Step(
-        f"Event 1 leads to a child that is QUEUED. {worker} is about to be killed, and worker B "
-        "will be started.",
+        f"Event 1 leads to a child that is QUEUED. Then {worker} is killed, and worker B is "
+        "started.",
         question="What will B run first?",
         choices=["process_order", "charge_payment"],
         rows=await tasks(lab, order),
@@ -184,7 +184,7 @@ async def while_the_child_runs(lab: Hand) -> Steps:
     worker, order = await held_at(lab, "charge_payment:start")
     yield Step(
         f"Two functions run on worker {worker}: process_order waits for charge_payment, which has "
-        f"charged nobody yet. {worker} is about to be killed, and worker B will be started.",
+        f"charged nobody yet. Then {worker} is killed, and worker B is started.",
         question=AGAIN,
         choices=[ALONE, "charge_payment alone", WITH_CHARGE],
         rows=await tasks(lab, order),
@@ -210,7 +210,7 @@ async def after_the_charge(lab: Hand) -> Steps:
     worker, order = await held_at(lab, "charge_payment:charged")
     yield Step(
         "The payment service has the payment. The child is still RUNNING, so the function will be "
-        f"called again. {worker} is about to be killed, and worker B will be started.",
+        f"called again. Then {worker} is killed, and worker B is started.",
         question="How many payments will there be in the end?",
         choices=["None", "One", "Two"],
         rows=await payments(lab, order),
@@ -236,8 +236,8 @@ async def between_two_steps(lab: Hand) -> Steps:
     )
     worker, order = await held_at(lab, "process_order:between")
     yield Step(
-        f"The charge is COMPLETED. Worker {worker} is in the line between the two steps. It is "
-        "about to be killed, and worker B will be started.",
+        f"The charge is COMPLETED. Worker {worker} is in the line between the two steps. Then "
+        "it is killed, and worker B is started.",
         question=AGAIN,
         choices=["Nothing", ALONE, WITH_CHARGE],
         rows=await tasks(lab, order),
@@ -261,8 +261,7 @@ async def after_the_last_step(lab: Hand) -> Steps:
     )
     worker, order = await held_at(lab, "process_order:end")
     yield Step(
-        f"The function is about to return. {worker} is about to be killed, and worker B will be "
-        "started.",
+        f"The function is about to return. Then {worker} is killed, and worker B is started.",
         question=AGAIN,
         choices=["Nothing", ALONE, WITH_ALL],
         rows=await tasks(lab, order),
@@ -297,7 +296,7 @@ async def told_to_stop(lab: Hand) -> Steps:
     ]
     yield Step(
         "The order is between two steps, the parcel is being packed, and worker B stands by. "
-        f"{worker} is about to get SIGTERM.",
+        f"Then {worker} gets SIGTERM.",
         question="What becomes of the order?",
         choices=choices,
         meanwhile="Watch both workers.",

@@ -106,6 +106,21 @@ class Hand:
         self.processes.clear()
         await self.release()
 
+    async def open_tasks(self) -> int:
+        """How many tasks of the lab are not finished."""
+        (row,) = await self.rows(
+            "SELECT count(*) AS number FROM tasks "
+            "WHERE queue = %(queue)s AND status NOT IN ('COMPLETED', 'FAILED')"
+        )
+        return int(row["number"])
+
+    async def empty(self) -> None:
+        """Delete the lab's tasks. The workers are killed first: they may have some of these."""
+        await self.stop_all()
+        async with await self.connect() as conn:
+            await conn.execute("DELETE FROM tasks WHERE queue = %s", [self.queue])
+        self.choose(None)
+
     async def clear(self) -> None:
         """Forget workers that are dead."""
         self.processes.clear()

@@ -78,6 +78,7 @@ class WorkerProcess:
             "state": self.state,
             "since": self.since,
             "exit": self.exit,
+            "asked": self.is_stopping or None,
             "error": self.error,
             "slots": self.facts.get("slots") or None,
             "held": self.held or None,

@@ -101,7 +101,8 @@ class Record:
         """Note what the lab itself did, to a worker, to a task or to all; by default just now."""
         tasks = {task} if task else {id for id, _ in self._running[worker]} if worker else None
         self.moments.append(Moment(at or time.time(), what, text, worker, tasks))
-        self._add({"worker": "lab", "level": "INFO", "text": text, "task": task})
+        entry = {"worker": "lab", "level": "INFO", "text": text, "task": task, "what": what}
+        self._add(entry | {"at": at} if at else entry)
 
     def hear(self, worker: str, line: str) -> None:
         """Note a line that a worker has written."""

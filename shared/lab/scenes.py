@@ -136,6 +136,7 @@ class Performance:
             "rows": step.rows and {"title": step.rows.title, "rows": step.rows.rows},
             "button": step.button,
             "busy": step.meanwhile if self._work is not None else None,
+            "said": self._given if self._work is not None else None,
             "choices": None if self._work is not None or self._error else step.choices or None,
             "answer": self._answer(step),
             "error": self._error,
@@ -162,12 +163,22 @@ class Player:
         self._performance: Performance | None = None
 
     async def start(self, name: str) -> None:
-        """Begin a scene: whatever worker runs is killed, and the first step is shown."""
+        """Begin a scene: whatever worker runs is killed, and the first step is shown.
+
+        Raises LabError while tasks are open: a worker would be held at a gate in one of these.
+        """
         scene = next((one for one in of_lesson(self.lab.lesson) if one.name == name), None)
         if scene is None:
             raise LabError(f"there is no scene {name!r} in this lesson")
+        if count := await self.lab.open_tasks():
+            tasks = f"{count} open tasks" if count > 1 else "an open task"
+            raise LabError(
+                f"The queue still has {tasks}, and a scene needs the workers for itself. "
+                "Start a worker and let it finish, or press “Empty the queue”."
+            )
         await self.stop()
         await self.lab.stop_all()
+        self.lab.record.say("scene", f"the scene begins: {scene.title}")
         self._performance = Performance(scene, self.lab)
         await self._performance.begin()
 

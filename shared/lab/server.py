@@ -111,6 +111,7 @@ class Lab:
             "stop": self.to_worker(hand.stop),
             "cut_connections": self.to_worker(hand.cut_connections),
             "clear": hand.clear,
+            "empty": self.empty,
             "restart_postgres": hand.restart_postgres,
             "enqueue": self.enqueue,
             "retry": self.to_task(hand.retry),
@@ -190,6 +191,10 @@ class Lab:
     async def enqueue(self, kind: str = "order", count: int = 1) -> dict[str, Any]:
         ids = await self.hand.enqueue(kind, count)
         return {"first": ids[0], "last": ids[-1]}
+
+    async def empty(self) -> None:
+        await self.player.stop()
+        await self.hand.empty()
 
     async def fork(self, task: int, event: int) -> None:
         await self.hand.fork(task, event)

@@ -11,6 +11,7 @@ from typing import Any
 
 from shared.database import Connection
 from shared.jsonb import UnreadableJson
+from shared.lab.hand import KINDS
 from shared.lab.lesson import OpenLesson
 from shared.lab.processes import Processes
 from shared.lab.record import Record
@@ -18,6 +19,8 @@ from shared.lab.record import Record
 NEWEST = 30  # tasks on the page
 MAX_CHILDREN = 200
 MAX_JSON = 2000  # characters of an input or output
+
+ENQUEUED = {task_name for task_name, _ in KINDS.values()}
 
 Row = dict[str, Any]
 
@@ -138,7 +141,12 @@ class Stage:
             f"ORDER BY id DESC LIMIT {NEWEST}",
             [self._first_id, self.queue],
         )
-        return [self._task(row, []) for row in rows]
+        tasks = [self._task(row, []) for row in rows]
+        for task in tasks:
+            # A step that no event leads to any more: a replay has emptied its parent's log.
+            if top and task["name"] not in ENQUEUED:
+                task["is_left"] = True
+        return tasks
 
     async def _events(self, conn: Connection, id: int) -> list[Row]:
         """The event log, with the names of the children where it has children."""

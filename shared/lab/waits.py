@@ -63,8 +63,8 @@ async def nobodys(lab: Hand) -> Steps:
     await lab.kill(worker)
     choices = ["Yes, after five seconds", "No, it was nobody's when A died"]
     yield Step(
-        f"The order is SUSPENDED: no slot, no memory, no worker. {worker} has been killed, and "
-        "worker B will be started.",
+        f"The order is SUSPENDED: no slot, no memory, no worker. {worker} has been killed. Then "
+        "worker B is started.",
         question="Will anybody notice that the order has lost its worker?",
         choices=choices,
         rows=await tasks(lab, order),
@@ -134,7 +134,7 @@ async def early_signal(lab: Hand) -> Steps:
     await lab.send_signal(order, "approval", {"by": "you"})
     choices = ["It is received", "It is lost, and the order waits for another"]
     yield Step(
-        "The signal is a row, and nobody has received it. Worker A will be started.",
+        "The signal is a row, and nobody has received it. Then worker A is started.",
         question="What becomes of the signal when the order asks for it?",
         choices=choices,
         rows=await signals(lab, order),

@@ -38,7 +38,7 @@ function head(task) {
 /** What else the tables say of it. */
 function extras(chosen) {
   const pairs = [["output", chosen.task.output == null ? null : text(chosen.task.output)]];
-  if (chosen.payments) pairs.push(["payments", payments(chosen.payments)]);
+  if (chosen.payments && chosen.task.name !== "pack_parcel") pairs.push(["payments", payments(chosen.payments)]);
   for (const signal of chosen.signals ?? []) {
     const fate =
       signal.received_by == null

@@ -12,9 +12,13 @@ export async function showDiff(box, state, notice, from, to) {
   from ??= numbers[Math.max(0, here < 0 ? numbers.length - 2 : here - 1)];
   to ??= here < 0 ? numbers.at(-1) : state.lesson.number;
   if (shown === `${from}-${to}`) return;
+  if (!shown) box.replaceChildren(el("p", { class: "quiet", role: "status" }, "Comparing…"));
   const answer = await fetch(`/api/diff?from=${from}&to=${to}`);
   const diff = await answer.json();
-  if (!answer.ok) return notice(diff.error);
+  if (!answer.ok) {
+    if (!shown) box.replaceChildren();
+    return notice(diff.error);
+  }
   shown = `${from}-${to}`;
   const again = () => showDiff(box, state, notice, selected(box, "from"), selected(box, "to"));
   box.replaceChildren(

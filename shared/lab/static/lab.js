@@ -8,6 +8,7 @@ import { enqueueButtons, queue } from "./queue.js";
 import { scene } from "./scene.js";
 import { workers } from "./workers.js";
 
+const NEXT = "button.primary, .choices button, .programme button, .working";
 const TICK = 500; // ms between two looks at the clock; each one costs a repaint
 
 const $ = (id) => document.getElementById(id);
@@ -75,7 +76,7 @@ function renderScene() {
   const isInside = $("scene").contains(document.activeElement);
   morph($("scene"), scene(state));
   if (isInside && !$("scene").contains(document.activeElement))
-    $("scene").querySelector("button.primary, .choices button, .programme button")?.focus();
+    $("scene").querySelector(NEXT)?.focus();
 }
 
 /** What changes with the clock alone. */
@@ -131,7 +132,7 @@ async function send(name, body) {
 }
 
 async function act(button) {
-  if (button.getAttribute("aria-disabled") === "true" || button.ariaBusy === "true") return;
+  if (button.ariaBusy === "true") return;
   button.ariaBusy = "true";
   try {
     const body = { ...JSON.parse(button.dataset.body ?? "{}"), ...inputs(button) };

@@ -15,7 +15,9 @@ export function take(news) {
 
 /** Show the lines of these tasks (null: of all), and stay at the end if that is where one looks. */
 export function show(box, tasks) {
-  const wanted = lines.filter((line) => isOf(line, tasks)).slice(-SHOWN);
+  const wanted = lines.filter(filterFor(tasks)).slice(-SHOWN);
+  // What a program did for the lab, a retry say, is heard of only when the program has ended.
+  wanted.sort((one, other) => one.at - other.at);
   const isAtEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 30;
   const old = new Map([...box.children].map((child) => [child.dataset.key, child]));
   const rows = wanted.map((line) => old.get(String(line.n)) ?? row(line));
@@ -25,9 +27,13 @@ export function show(box, tasks) {
   if (isAtEnd) box.scrollTop = box.scrollHeight;
 }
 
-function isOf(line, tasks) {
-  if (!tasks) return true;
-  return line.task == null ? line.worker === "lab" : tasks.has(line.task);
+/** Lines of these tasks, and what the lab did since the scene began in which they were first heard of. */
+function filterFor(tasks) {
+  if (!tasks) return () => true;
+  const first = lines.find((line) => tasks.has(line.task))?.n ?? Infinity;
+  const begin = lines.findLast((line) => line.what === "scene" && line.n < first)?.n ?? 0;
+  return (line) =>
+    line.task == null ? line.worker === "lab" && line.n >= begin : tasks.has(line.task);
 }
 
 function row(line) {
@@ -35,7 +41,7 @@ function row(line) {
   const isBad = /WARN|ERROR|CRIT/.test(line.level ?? "");
   return el(
     "div",
-    { "data-key": line.n },
+    { "data-key": line.n, class: line.what === "scene" ? "begin" : null },
     el("time", {}, clock(line.at)),
     isLab ? el("span") : chip(line.worker),
     el("span", { class: isLab ? "hand" : isBad ? "bad" : "" }, line.text),

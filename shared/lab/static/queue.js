@@ -2,6 +2,7 @@
 
 import { action, chip, el } from "./dom.js";
 
+const NEWEST = 30; // so many the server lists
 const ENQUEUE = [
   ["order", 1, "An order"],
   ["order", 10, "Ten"],
@@ -32,11 +33,27 @@ export function queue(state, chosen) {
   );
   const tasks = family(state.tasks).map((task) => item(task, chosen));
   return [
-    el("div", { class: "counts" }, counts),
+    el("div", { class: "counts", "data-key": "counts" }, counts),
+    notes(state) && el("p", { class: "quiet", "data-key": "notes" }, notes(state)),
+    tasks.length > 0 &&
+      action("empty", {}, "Empty the queue", {
+        class: "small",
+        "data-key": "empty",
+        title: "Kills all workers, and deletes the lab's tasks",
+      }),
     tasks.length
       ? el("ol", { class: "tasks", "aria-label": "The newest tasks" }, tasks)
-      : el("p", { class: "none" }, "Nothing has been enqueued yet."),
-  ];
+      : el("p", { class: "none" }, "The queue is empty."),
+  ].filter(Boolean);
+}
+
+/** What the numbers count, and the list leaves out. */
+function notes({ lesson, tasks }) {
+  const isCut = tasks.length >= NEWEST;
+  if (!tasks.length) return "";
+  if (lesson.abilities?.includes("durable"))
+    return `Counted with their steps, listed without${isCut ? `, the newest ${NEWEST}` : ""}.`;
+  return isCut ? `Listed are the newest ${NEWEST}.` : "";
 }
 
 /** Parents newest first, each followed by its children in their order. */
@@ -72,7 +89,7 @@ function item(task, chosen) {
         "aria-current": task.id === chosen ? "true" : null,
       },
       el("span", { class: "id" }, String(task.id)),
-      el("span", { class: "of" }, task.name),
+      el("span", { class: "of" }, task.name, task.is_left && el("i", {}, " left by a replay")),
       el("span", { class: "again" }, task.attempt > 1 ? `×${task.attempt}` : ""),
       el("span", { class: `status s-${task.status}` }, task.status),
       chip(task.worker_key) ?? el("span"),

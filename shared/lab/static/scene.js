@@ -37,6 +37,7 @@ function played(scene) {
       el("p", { class: "sentence" }, scene.sentence),
       scene.rows && table(scene.rows),
       scene.question && el("p", { class: "question" }, scene.question),
+      scene.said && el("p", { class: "answer" }, `You said “${scene.said}”.`),
       scene.error && el("p", { class: "failed" }, `The scene cannot go on. ${scene.error}`),
     ),
     scene.choices && choices(scene),
@@ -52,9 +53,10 @@ function answer({ asked, given, right, is_right: isRight }) {
     el(
       "span",
       { class: `verdict ${isRight ? "right" : "wrong"}` },
-      isRight ? "Right: " : "Not quite: ",
+      isRight ? "Right:" : "Not quite.",
     ),
-    isRight ? right : `you said “${given}”. What happened: ${right}`,
+    isRight ? " " : ` You said “${given}”. It was: `,
+    el("span", { class: "truth" }, right),
   );
 }
 
@@ -66,18 +68,19 @@ function choices(scene) {
   );
 }
 
+/** What leads on; or, while the scene is on its way, what to watch. */
 function next(scene) {
-  const button = scene.done
-    ? action("scene_stop", {}, "To the other scenes", { class: "primary" })
-    : action("scene_next", {}, scene.button, {
-        class: "primary",
-        "aria-disabled": scene.busy ? "true" : null,
-      });
+  const button = () =>
+    scene.done
+      ? action("scene_stop", {}, "To the other scenes", { class: "primary" })
+      : action("scene_next", {}, scene.button, { class: "primary" });
   return el(
     "div",
     { class: "buttons", "data-key": "next" },
-    button,
-    scene.busy && el("span", { class: "working", role: "status" }, scene.busy),
+    // It takes the focus, so that who plays with the keyboard is not lost meanwhile.
+    scene.busy
+      ? el("span", { class: "working", role: "status", tabindex: "-1" }, scene.busy)
+      : button(),
   );
 }
 

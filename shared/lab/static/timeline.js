@@ -222,7 +222,13 @@ function stretch(kind, from, to, place, y) {
   );
 }
 
-const SAID = { killed: "", "worker ended": "", requeued: "taken from it", QUEUED: "put back" };
+const SAID = {
+  killed: "",
+  "worker ended": "",
+  requeued: "taken from it",
+  "fenced off": "refused",
+  QUEUED: "put back",
+};
 
 /** How an attempt ended, right of its bar. */
 function outcome(lane, following, task, place, y) {
@@ -235,10 +241,9 @@ function outcome(lane, following, task, place, y) {
 
 /** A row for an event: the child that it leads to, from its creation to its end. */
 function child(event, child, chosen, place, y) {
-  const label = `${event.event_id}  ${event.name ?? child?.name ?? event.kind}`;
   const isPast = event.abandoned_in != null;
   const top = y + place.names;
-  if (!child) return svg("g", { class: isPast ? "past" : null }, name(label, place, y));
+  if (!child) return svg("g", { class: isPast ? "past" : null }, eventName(event, child, place, y));
   const lanes = child.lanes ?? [];
   const claimed = lanes[0]?.from ?? child.finished_at ?? place.now;
   const isAsleep = child.status === "SLEEPING" || (!lanes.length && event.kind !== "TASK_STARTED");
@@ -246,13 +251,21 @@ function child(event, child, chosen, place, y) {
   return svg(
     "g",
     { class: isPast ? "past" : null },
-    name(label, place, y),
+    eventName(event, child, place, y),
     isAsleep
       ? stretch("asleep", child.inserted_at, child.finished_at ?? place.now, place, top)
       : stretch("queued", child.inserted_at, claimed, place, top),
     bars(lanes, child, chosen.moments, place, top),
     status(child.status, place.x(ended), place, top),
   );
+}
+
+/** Which event this is, and which task: both have numbers. */
+function eventName(event, child, place, y) {
+  const what = event.name ?? child?.name ?? event.kind;
+  const numbers = `event ${event.event_id}${child ? `, task ${child.id}` : ""}`;
+  if (place.isNarrow) return name(`${what} (${numbers})`, place, y);
+  return svg("g", {}, name(what, place, y - 5), name(numbers, place, y + 8, true));
 }
 
 /** From the attempt that wrote the event down to the event's row. */

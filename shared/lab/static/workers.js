@@ -18,7 +18,7 @@ export function workers(state, late) {
   const dead = state.workers.filter((worker) => worker.state === "dead").reverse();
   const cards = [...living, ...dead].map((worker) => card(worker, state, late));
   if (dead.length)
-    cards.push(action("clear", {}, "Forget the dead", { class: "small plain quiet" }));
+    cards.push(action("clear", {}, "Forget the dead", { class: "small" }));
   return cards;
 }
 
@@ -46,11 +46,14 @@ function card(worker, { lesson, database }, late) {
   );
 }
 
-const isAmiss = (worker) => worker.state === "dead" && worker.exit !== 0;
+// By itself, or by a SIGTERM that was wanted and that it has no answer to yet.
+const hasStopped = (worker) => worker.asked && [0, 143, -15].includes(worker.exit);
+const isAmiss = (worker) => worker.state === "dead" && worker.exit !== 0 && !hasStopped(worker);
 
 function stateText(worker) {
   if (worker.state !== "dead") return STATES[worker.state] ?? worker.state;
   if (worker.exit === -9) return "killed";
+  if (hasStopped(worker)) return "stopped, as asked";
   if (worker.exit == null) return "dead";
   return worker.exit === 0 ? "ended" : `ended, status ${worker.exit}`;
 }
