@@ -32,12 +32,13 @@ async def call(
     finally:
         in_time = running.done()
         # First the context: what is cancelled must not start further steps.
-        left = {running, *context.end()}
+        left = [each for each in (running, *context.end()) if not each.done()]
         for each in left:
             each.cancel()
-        _, ignoring = await asyncio.wait(left, timeout=grace)
-        if ignoring:
-            log.warning("task %d ignores its cancellation, and is left behind", context.task_id)
+        if left:
+            _, ignoring = await asyncio.wait(left, timeout=grace)
+            if ignoring:
+                log.warning("task %d ignores its cancellation, and is left behind", context.task_id)
     if not in_time:
         return None, TimeoutError(f"timed out after {timeout}")
     if running.cancelled():  # it returned while a cancellation of its own was due

@@ -1,6 +1,6 @@
 """The rows of the database, as Python sees them."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -11,8 +11,8 @@ class Row:
     add them while this one is running."""
 
     def __init__(self, **row: Any) -> None:
-        for field in fields(self):  # type: ignore[arg-type]
-            setattr(self, field.name, row[field.name])
+        for name in type(self).__annotations__:
+            setattr(self, name, row[name])
 
 
 @dataclass(init=False)

@@ -33,12 +33,13 @@ async def call(
     finally:
         in_time = running.done()
         # First the context: what is cancelled must not start further steps.
-        left = {running, *context.end()}
+        left = [each for each in (running, *context.end()) if not each.done()]
         for each in left:
             each.cancel()
-        _, ignoring = await asyncio.wait(left, timeout=grace)
-        if ignoring:
-            log.warning("task %d ignores its cancellation, and is left behind", context.task_id)
+        if left:
+            _, ignoring = await asyncio.wait(left, timeout=grace)
+            if ignoring:
+                log.warning("task %d ignores its cancellation, and is left behind", context.task_id)
     if context.left.done():
         return None, None  # nobody asks: the task is not ours any more
     if not in_time:
