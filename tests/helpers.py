@@ -8,7 +8,7 @@ import sys
 import time
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -164,18 +164,25 @@ async def working(*workers: Any, queue: str = QUEUE) -> AsyncIterator[asyncio.Ta
 
 @asynccontextmanager
 async def worker_process(
-    lesson: Any, *, script: Path = WORKER_PROCESS, queue: str = QUEUE, **settings: Any
+    lesson: Any,
+    *,
+    script: Path = WORKER_PROCESS,
+    queue: str = QUEUE,
+    log: Path | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Process]:
     """A worker in a process of its own within this block; see worker_process.py.
 
     Settings are QUICK, `concurrency`, and globals of the lesson's modules by their names. What it
-    writes to stderr ends up in that of the test. Is it still alive at the end, it is killed.
+    writes to stderr ends up in `log`, or else in that of the test. Is it still alive at the end, it
+    is killed.
     """
     arguments = [str(lesson.path), queue, json.dumps(QUICK | settings)]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, str(script), *arguments, env=environment
-    )
+    with log.open("wb") if log else nullcontext() as stderr:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, str(script), *arguments, env=environment, stderr=stderr
+        )
     try:
         yield process
     finally:
