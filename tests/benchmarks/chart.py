@@ -45,7 +45,7 @@ def draw(path: Path, about: dict[str, Any], figures: dict[str, Any]) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, 2.6 + 0.5 * len(lessons)), layout="constrained")
         noops, orders, delays = figure.subplots(1, 3, sharey=True, width_ratios=[3, 2, 2])
-        draw_rates(noops, lessons, "noop_per_s")
+        draw_rates(noops, lessons, "noop_per_s", right_of=figures["floor"]["noop_per_s"])
         draw_floors(noops, figures["floor"])
         draw_rates(orders, lessons, "orders_per_s")
         draw_delays(delays, lessons)
@@ -62,15 +62,17 @@ def draw(path: Path, about: dict[str, Any], figures: dict[str, Any]) -> None:
         figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
 
 
-def draw_rates(axes: Any, lessons: dict[str, Any], name: str) -> None:
-    """A bar for each rate, and a line below it for its range."""
+def draw_rates(axes: Any, lessons: dict[str, Any], name: str, right_of: float = 1) -> None:
+    """A bar for each rate, a line below it for its range, and the rates in a column beside them."""
+    highest = max(right_of, *(figures.get(f"{name}_max", 1) for figures in lessons.values()))
     for row, figures in enumerate(lessons.values()):
         if name in figures:
             rate, low, high = (figures[f"{name}{end}"] for end in ("", "_min", "_max"))
             axes.barh(row, rate, height=0.6, color=BAR)
             axes.plot([low, high], [row + 0.4, row + 0.4], color=INK, linewidth=1.5)
-            axes.text(max(rate, high), row, f" {rate:,.0f}", va="center", fontsize=9)
-    axes.set_xlim(0, 1.2 * max(figures.get(f"{name}_max", 1) for figures in lessons.values()))
+            axes.text(1.08 * highest, row, f"{rate:,.0f}", va="center", fontsize=9)
+    axes.set_xlim(0, 1.3 * highest)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def draw_floors(axes: Any, floor: dict[str, Any]) -> None:
@@ -102,5 +104,6 @@ def draw_delays(axes: Any, lessons: dict[str, Any]) -> None:
             ends = [figures[f"{name}_min"], figures.get(f"{name}_p95", figures[name])]
             axes.plot(ends, [row, row], color=color, linewidth=1.5)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("ms on an idle worker\n(median, minimum to p95)")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, fontsize=8.5)
