@@ -135,7 +135,7 @@ class Worker:
         for task in tasks:
             task.cancel()
         if tasks:
-            # Twice, since a run waits that long for a function that ignores its cancellation.
+            # Twice: a run itself waits one grace for its function.
             await asyncio.wait(tasks, timeout=2 * SHUTDOWN_GRACE)
 
     async def _put_back_all(self) -> None:
