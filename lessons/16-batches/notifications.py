@@ -39,21 +39,21 @@ class Notifications:
         """Have tasks claimed, and children asked for, as soon as we are told. Never returns."""
         while True:
             with surviving_outage("cannot listen"):
-                # A connection of its own: `notifies` holds it, and a beat would have to wait.
+                # A connection of its own: `notifies` keeps it busy for as long as we listen.
                 async with await open_connection(self.pool) as conn:
                     await self.queries.listen(conn)
                     topic = await self.queries.get_topic(conn, queue=queue)
                     # Only now: we are told what commits from here on; this look finds the rest.
-                    self._tasks_wait()
+                    self._tasks_may_wait()
                     self.children.any_may_have_ended()
                     async for notification in conn.notifies():
                         if notification.payload == topic["topic"]:
-                            self._tasks_wait()
+                            self._tasks_may_wait()
                         elif notification.payload == str(self.worker_id):
                             self.children.any_may_have_ended()
             await asyncio.sleep(LISTEN_AGAIN)
 
-    def _tasks_wait(self) -> None:
+    def _tasks_may_wait(self) -> None:
         for slots in self.slots:
             slots.news()
 
