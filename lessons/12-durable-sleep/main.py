@@ -351,7 +351,7 @@ async def breaks(demo: Demo) -> None:
     for queue in (demo.queue, nested.queue):
         async with demo.pool.connection() as conn:
             await demo.queries.delete_tasks(conn, queue=queue)
-    print("nothing would happen for 3 days, in the second queue never: the rows are deleted")
+    print("the order would wait for 6 days, the one in the basket for ever: the rows are deleted")
 
 
 async def main(flags: argparse.Namespace) -> None:

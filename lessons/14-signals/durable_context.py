@@ -176,7 +176,7 @@ class DurableContext:
 
     async def suspend(self, idle: float) -> None:
         """Let go of the row, and so of the slot, if calls wait, and none has got on for so long."""
-        # Nothing is appended meanwhile: what we wait for is what the log ends with.
+        # No event is added meanwhile, so `_waiting` is complete.
         async with self._appending:
             is_idle = asyncio.get_running_loop().time() >= self._last_news + idle
             if self._ended or not self._waiting or not is_idle:
@@ -194,7 +194,7 @@ class DurableContext:
             )
             if owned is None:
                 return "is not ours any more"
-            # A statement of its own: one that waits for a lock reads what was before that.
+            # In one statement with the lock, we would see the children as they were before a wait.
             is_suspended = await self.queries.suspend_task(conn, id=self.task_id, ids=ids)
         return "SUSPENDED" if is_suspended else None
 
