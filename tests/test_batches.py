@@ -113,7 +113,7 @@ class BatchLab(Lab):
         """Write these, (task, status, output), in one batch; return what each has got."""
         writes = [asyncio.create_task(self.outcomes.write(*outcome)) for outcome in outcomes]
         await asyncio.sleep(0)
-        await self.outcomes.flush()
+        await self.outcomes.send_all()
         return await asyncio.gather(*writes, return_exceptions=True)
 
     async def row(self, task: Any) -> dict[str, Any]:
@@ -249,7 +249,7 @@ async def test_a_task_that_is_taken_while_a_batch_waits_for_it_is_left_out(
             else:
                 answers = start_steps(steps, *tasks)
                 await asyncio.sleep(0)
-                answers.append(asyncio.create_task(steps.flush()))
+                answers.append(asyncio.create_task(steps.send_all()))
             await wait_for(lambda: is_waiting(lab), "the batch waits for the lock")
         results = await asyncio.gather(*answers)
     assert lab.queries.sizes(name) == [3]
@@ -318,21 +318,21 @@ async def test_a_writer_that_is_cancelled_loses_nothing(lab: BatchLab) -> None:
         await asyncio.wait([sending])
     assert not any(write.done() for write in writes)
     async with asyncio.timeout(DEADLINE):
-        await lab.outcomes.flush()
+        await lab.outcomes.send_all()
         assert await asyncio.gather(*writes) == [True] * 3
 
 
-async def test_a_flush_waits_for_what_is_in_flight_and_sends_nothing_twice(lab: BatchLab) -> None:
+async def test_send_all_waits_for_what_is_in_flight_and_sends_nothing_twice(lab: BatchLab) -> None:
     task = await lab.running()
     lab.queries.may_send[OUTCOMES].clear()
     sending = asyncio.create_task(lab.outcomes.keep_sending())
     write = asyncio.create_task(lab.outcomes.write(task, "COMPLETED", 1))
     await wait_for(lambda: lab.queries.batches[OUTCOMES], "it is on its way")
-    flush = asyncio.create_task(lab.outcomes.flush())
+    sent = asyncio.create_task(lab.outcomes.send_all())
     await asyncio.sleep(0.1)
-    assert not flush.done()
+    assert not sent.done()
     lab.queries.may_send[OUTCOMES].set()
-    await flush
+    await sent
     assert await write
     assert lab.queries.sizes(OUTCOMES) == [1]
     sending.cancel()
@@ -473,7 +473,7 @@ async def test_a_batch_that_waits_with_a_parent_keeps_no_finisher_waiting(lab: B
         async with asyncio.timeout(DEADLINE):
             write = asyncio.create_task(elsewhere.write(child, "COMPLETED", 1))
             await asyncio.sleep(0)
-            await elsewhere.flush()
+            await elsewhere.send_all()
         assert await write
         assert not waits.done()
     assert await waits == [True, True]
@@ -517,7 +517,7 @@ async def test_two_batches_over_each_others_parents_are_both_written(lab: BatchL
             for outcomes, batch in zip(workers, batches, strict=True)
             for outcome in batch
         ]
-        flushes = [asyncio.create_task(outcomes.flush()) for outcomes in workers]
+        all_sent = [asyncio.create_task(outcomes.send_all()) for outcomes in workers]
 
         async def both_wait() -> bool:
             cursor = await conn.execute(
@@ -529,7 +529,7 @@ async def test_two_batches_over_each_others_parents_are_both_written(lab: BatchL
         await wait_for(both_wait, "both have woken one parent")
         await conn.execute("SELECT pg_advisory_unlock(16)")
         assert await asyncio.gather(*writes) == [True] * 6
-        await asyncio.gather(*flushes)
+        await asyncio.gather(*all_sent)
     assert [(await get_task(lab.pool, id))["status"] for id in parents] == ["QUEUED"] * 2
     assert sorted(lab.queries.sizes(OUTCOMES)) == [3, 3, 3], "there was no deadlock"
 
@@ -621,7 +621,7 @@ async def test_the_step_of_a_zombie_in_a_batch_is_not_started(lab: BatchLab) -> 
     steps = lab.lesson.steps.Steps(lab.pool, lab.queries)
     starts = start_steps(steps, lost, ours)
     await asyncio.sleep(0)
-    await steps.flush()
+    await steps.send_all()
     assert [await start is None for start in starts] == [True, False]
     assert lab.queries.sizes(STEPS) == [2]
     assert (await lab.children(lost.id), len(await lab.children(ours.id))) == ([], 1)
@@ -642,11 +642,11 @@ async def test_a_step_that_is_over_when_its_batch_is_sent_again_is_left_out(lab:
     steps = lab.lesson.steps.Steps(lab.pool, lab.queries)
     starts = start_steps(steps, over, ours)
     await asyncio.sleep(0)
-    flush = asyncio.create_task(steps.flush())
+    sent = asyncio.create_task(steps.send_all())
     await wait_for(lambda: lab.queries.batches[STEPS], "they are on their way")
     starts[0].cancel()
     lab.queries.may_send[STEPS].set()
-    await flush
+    await sent
     assert (await starts[1])["status"] == "QUEUED"
     assert lab.queries.sizes(STEPS) == [2, 1]
     assert await lab.children(over.id) == []

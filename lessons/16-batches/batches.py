@@ -44,9 +44,9 @@ class Batches:
         while True:
             await self._news.wait()
             self._news.clear()
-            await self.flush()
+            await self.send_all()
 
-    async def flush(self) -> None:
+    async def send_all(self) -> None:
         """Send what waits. What has no answer yet when this is cancelled goes on waiting."""
         async with self._in_flight:
             while self._waiting:
@@ -66,7 +66,7 @@ class Batches:
 
     async def _send_once(self, batch: list[tuple[str, Answer]]) -> None:
         async with self.pool.connection() as conn:
-            # Only now, since we may have waited. What is too much for this statement waits on.
+            # Only now, since we may have waited. What does not fit in goes on waiting.
             batch = [each for each in batch if not each[1].done()]
             sizes = accumulate(len(row) for row, _ in batch)
             batch = batch[: max(1, sum(size <= MAX_CHARACTERS for size in sizes))]

@@ -125,7 +125,7 @@ class Worker:
                     await asyncio.wait(plain, timeout=SHUTDOWN_GRACE)
             finally:
                 await self._end([*polls, *durable, *plain])
-                await self._in_time(self.outcomes.flush)
+                await self._in_time(self.outcomes.send_all)
                 # Only now: a worker without a heartbeat loses what it still runs.
                 await self._end([beating, housekeeping, asking, listening, telling, *sending])
 
@@ -142,7 +142,7 @@ class Worker:
             await asyncio.wait(tasks, timeout=2 * SHUTDOWN_GRACE)
 
     async def _put_back_all(self) -> None:
-        await self.outcomes.flush()  # what has ended is not run again
+        await self.outcomes.send_all()  # what has ended is not run again
         for is_durable in self.slots:
             await self._put_back(is_durable, "its worker is stopping")
 
