@@ -14,10 +14,9 @@ export function workers(state, late) {
   if (!state.workers.length) {
     return [el("p", { class: "none" }, "No worker runs. What is in the queue waits.")];
   }
-  const living = state.workers.filter((worker) => worker.state !== "dead");
-  const dead = state.workers.filter((worker) => worker.state === "dead").reverse();
-  const cards = [...living, ...dead].map((worker) => card(worker, state, late));
-  if (dead.length)
+  // Each keeps its place: a second click must not hit another one's button.
+  const cards = state.workers.map((worker) => card(worker, state, late));
+  if (state.workers.some((worker) => worker.state === "dead"))
     cards.push(action("clear", {}, "Forget the dead", { class: "small" }));
   return cards;
 }
@@ -29,6 +28,7 @@ function card(worker, { lesson, database }, late) {
       class: `worker ${colour(worker.key)} ${worker.state}`,
       "data-key": worker.key,
       "aria-label": `worker ${worker.key}`,
+      tabindex: "-1",
     },
     el(
       "div",
