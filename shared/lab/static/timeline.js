@@ -176,31 +176,32 @@ function requeuedAfter(time, moments) {
 /** An attempt: hatched while its worker is frozen, pale when the row is not its own any more. */
 function bar(lane, owned, moments, place, y) {
   const end = lane.to ?? place.now;
-  const isOwn = (time) => time < owned || end - owned <= LATE;
+  const isLost = (time) => end - owned > LATE && time >= owned;
   const frozen = freezes(lane, end, moments);
   const isFrozen = (time) => frozen.some(([from, to]) => from <= time && time < to);
   const times = [lane.from, owned, ...frozen.flat(), end].sort((one, two) => one - two);
   const x = place.x(lane.from);
-  const width = Math.max(LEAST, place.x(end) - x);
-  const parts = times.slice(1).map((to, number) => {
-    const from = times[number];
-    if (place.x(to) - place.x(from) < 1 && to < end) return "";
-    const kind = `${isFrozen(from) ? "stale" : "lane"} ${isOwn(from) ? "" : "lost"}`;
-    const right = to === end ? x + width : place.x(to);
-    return rect(kind, place.x(from), right - place.x(from), y);
-  });
+  const edge = (time) => (time === lane.from ? x : Math.max(x + LEAST, place.x(time)));
+  const parts = [];
+  for (const [number, from] of times.slice(0, -1).entries()) {
+    const kind = `${isFrozen(from) ? "stale" : "lane"} ${isLost(from) ? "lost" : ""}`;
+    const last = parts.at(-1);
+    const to = edge(times[number + 1]);
+    if (last?.kind === kind) last.to = to;
+    else if (to > edge(from)) parts.push({ kind, from: edge(from), to });
+  }
   return svg(
     "g",
     { class: colour(lane.worker_key ?? "") },
     svg("title", {}, lane.text ?? `attempt ${lane.attempt}`),
-    parts,
+    parts.map(({ kind, from, to }) => rect(kind, from, to - from, y)),
     lane.worker_key &&
       svg("text", { class: "on", x: x + 7.5, y: y + 14.5, "text-anchor": "middle" }, lane.worker_key),
   );
 }
 
 const rect = (kind, x, width, y) =>
-  svg("rect", { class: kind, x, y, width: Math.max(0, width), height: BAR, rx: 3 });
+  svg("rect", { class: kind, x, y, width, height: BAR, rx: 3 });
 
 /** The times from which and until which a lane's worker was frozen. */
 function freezes(lane, end, moments) {
@@ -244,7 +245,7 @@ function stretch(kind, from, to, place, y) {
   const width = place.x(to) - x;
   if (width < 1) return "";
   const text = SAYS[kind];
-  const hasText = kind === "queued" && width > textWidth(text) + 10;
+  const hasText = kind === "queued" && width > textWidth(text) + 20;
   return svg(
     "g",
     {},
