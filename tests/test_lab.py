@@ -442,6 +442,10 @@ def test_a_restart_of_the_embedded_postgres(
         lab.do("restart_postgres")
         assert EmbeddedPostgres(directory).pid_file_lines()[0] != before
         assert page.state["database"]["embedded"]
+        page.until(
+            lambda: "restarting" in [state["database"]["state"] for state in page.states],
+            "it has said so",
+        )
         order = start_order(lab)[1]
         order.until(lambda: is_finished(order), "the worker goes on")
         assert order.state["database"]["state"] == "up"

@@ -10,6 +10,7 @@ from shared.lab.step import (
     finished,
     first_run,
     held_at,
+    ids_of,
     line_with,
     number,
     payments,
@@ -146,17 +147,18 @@ async def before_the_claim(lab: Hand) -> Steps:
     )
     line = lab.record.last_number
     await lab.kill(worker)
-    await lab.hold("process_order:start")  # so that the table below stays true
+    await lab.hold(start := "process_order:start")  # so that the table below stays true
     other = await lab.start_worker()
     first = await first_run(lab, other, line)
     await finished(lab, child["child_task_id"])
+    await lab.reached(start, lambda: ids_of(lab, order))
     yield Step(
         "A child is a task like any other. It was in the queue, so B claimed it at once, without "
-        "asking whose child it is. The order has to wait until A's last heartbeat is five seconds "
-        "old. Then B takes it over, and we hold B in the first line. What will this attempt find?",
+        "asking whose child it is. The order had to wait until A's last heartbeat was five seconds "
+        "old. Now B has it, and we hold B in the first line. What will this attempt find?",
         rows=await tasks(lab, order),
         right=first,
-        meanwhile=TAKEN_OVER,
+        meanwhile="Attempt 2 asks for the first step.",
     )
     await lab.release()
     await finished(lab, order)
