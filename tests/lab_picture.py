@@ -23,6 +23,7 @@ def main() -> None:
         page.get_by_role("button", name="Next").click()
         page.get_by_role("button", name="One", exact=True).click(timeout=SECONDS)
         page.locator(".verdict").wait_for(timeout=SECONDS)
+        page.get_by_text("0 of 20").wait_for(timeout=SECONDS)  # the worker has told that, too
         page.screenshot(path=PICTURE)
 
 

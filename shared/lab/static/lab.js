@@ -208,7 +208,7 @@ addEventListener("resize", renderWhatMoves);
 document.addEventListener("visibilitychange", () => state && render());
 
 function tick() {
-  renderWhatMoves();
+  if (late() > TICK / 2000) renderWhatMoves(); // else it has just been drawn
   const isOpen = state?.chosen && !["COMPLETED", "FAILED"].includes(state.chosen.task.status);
   setTimeout(tick, isOpen ? TICK : IDLE_TICK);
 }
