@@ -39,7 +39,7 @@ function card(worker, { lesson, database }, late) {
     el("p", { class: "small-print" }, `process ${worker.pid}${displayName(worker)}`),
     worker.error && el("pre", { tabindex: "0", "aria-label": "its last words" }, worker.error),
     lesson.inactive_after != null &&
-      pulse(worker, lesson.inactive_after, late, database.state === "away"),
+      pulse(worker, lesson.inactive_after, late, database.state !== "up"),
     worker.state !== "dead" && worker.slots && slots(worker.slots),
     (worker.state !== "dead" && worker.held ? worker.held : []).map(heldAt),
     worker.state !== "dead" && buttons(worker),
