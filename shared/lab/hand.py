@@ -29,6 +29,7 @@ MOST_TASKS = 1000
 MOST_SLOTS = 1000
 ACT_TIMEOUT = 30.0  # seconds
 LOOK_INTERVAL = 0.05
+NOTICE = 0.5  # seconds until each page has heard of a restart, which is over sooner than that
 # What one can enqueue: the task's name, and what is special in its input.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "order": ("process_order", {}),
@@ -148,6 +149,7 @@ class Hand:
         self.record.say("restart", "restarts Postgres")
         self.is_restarting = True
         self.touch()
+        await asyncio.sleep(NOTICE)
         try:
             await asyncio.to_thread(embedded().restart)
         except (OSError, subprocess.SubprocessError) as error:
