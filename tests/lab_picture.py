@@ -21,8 +21,12 @@ def main() -> None:
         page.goto(lab.url)
         page.get_by_role("button", name="Killed after the charge").click()
         page.get_by_role("button", name="Next").click()
-        page.get_by_role("button", name="One", exact=True).click(timeout=SECONDS)
+        one = page.get_by_role("button", name="One", exact=True)
+        one.wait_for(timeout=SECONDS)
+        page.wait_for_timeout(2000)  # a reader has to read the question first
+        one.click()
         page.locator(".verdict").wait_for(timeout=SECONDS)
+        page.get_by_text("0 of 20").wait_for(timeout=SECONDS)  # the worker has told that, too
         page.screenshot(path=PICTURE)
 
 

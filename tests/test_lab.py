@@ -208,7 +208,7 @@ def test_a_scene_wants_an_empty_queue_and_one_can_empty_it(database: str, number
         lab.do("kill", worker="A")
         lab.do("start_worker", concurrency=0, durable_concurrency=0)
         lab.do("enqueue")
-        with pytest.raises(Refused, match=r"still has an open task, .*Empty the queue"):
+        with pytest.raises(Refused, match=r"still has an open task, .*Reset the lab"):
             lab.do("scene", name=scene)
         lab.do("enqueue", count=2)
         with pytest.raises(Refused, match="still has 3 open tasks"):
@@ -221,6 +221,72 @@ def test_a_scene_wants_an_empty_queue_and_one_can_empty_it(database: str, number
         page.until(lambda: page.state["workers"] == [], "and no worker runs")
         lab.do("scene", name=scene)
         page.until(lambda: page.state["scene"] and page.state["scene"]["name"] == scene, "begun")
+
+
+def play(lab: LabProcess, page: Page, name: str) -> list[dict[str, Any]]:
+    """Play a scene to its end, with the first answer to each question; returns its steps."""
+    lab.do("scene", name=name)
+    steps: list[dict[str, Any]] = []
+
+    def has_gone_on() -> bool:
+        scene = page.state["scene"] or {}
+        is_other = not steps or scene["sentence"] != steps[-1]["sentence"]
+        return scene.get("name") == name and "busy" not in scene and is_other
+
+    while not steps or not steps[-1]["done"]:
+        page.until(has_gone_on, f"scene {name} has gone on")
+        steps.append(page.state["scene"])
+        assert "error" not in steps[-1], steps[-1]
+        if not steps[-1]["done"]:
+            lab.do("scene_next", answer=steps[-1].get("choices", [None])[0])
+    return steps
+
+
+def test_a_second_scene_has_its_own_workers_b(database: str) -> None:
+    with open_lab("07", INACTIVE_AFTER=5.0) as lab:  # B works long before it may take over
+        page = lab.open_page()
+        steps = play(lab, page, "before-event")
+        assert steps[1]["rows"]["rows"][0]["wait_event_type"] == "Lock", "its INSERT waits"
+        assert [row["attempt"] for row in steps[-1]["rows"]["rows"]] == [2, 1, 1]
+        order, charge, _ = [row["id"] for row in steps[-1]["rows"]["rows"]]
+        assert charge == order + 2, "the child between the two was rolled back"
+
+        steps = play(lab, page, "before-claim")
+        (answer,) = [step["answer"] for step in steps if "answer" in step]
+        assert answer["right"] == "charge_payment", "not what the first scene's B ran first"
+        ended = [line["text"] for line in page.log if line["what"] == "ended"]
+        assert ended == ["ended worker B"], "A was killed by the scene, B by the next one"
+        page.until(lambda: page.state["scene"]["done"], "it has ended")
+        lab.do("scene_stop")
+        page.until(lambda: page.state["scenes"][1]["played"], "the programme shows that")
+        played = [each["played"] for each in page.state["scenes"]]
+        assert played == [True, True, False, False, False, False, False]
+        assert [each["moment"] for each in page.state["scenes"]] == [1, 2, 3, 3, 4, 4, 5]
+
+
+@pytest.mark.parametrize("number", ["07", "12"])
+def test_a_worker_that_comes_back_is_refused_a_step(database: str, number: str) -> None:
+    with open_lab(number) as lab:
+        page = lab.open_page()
+        steps = play(lab, page, "frozen")
+        assert steps[-1]["answer"]["right"] == "One", "one email"
+        assert len(steps[-1]["rows"]["rows"]) == 1, "one payment"
+        assert "TaskNotOwnedError" in steps[-1]["sentence"]
+
+
+def test_orders_that_run_or_failed_are_listed_before_those_that_wait(lab: LabProcess) -> None:
+    page = lab.open_page()
+    lab.do("start_worker")
+    failed, _ = start_order(lab, "failing_order")
+    page.until(lambda: page.state["queue"]["FAILED"], "it has failed")
+    slow, _ = start_order(lab, "slow_order")
+    page.until(lambda: page.state["queue"]["RUNNING"] >= 2, "order and step run")
+    lab.do("kill", worker="A")  # it stays RUNNING, since nobody takes it over
+    lab.do("enqueue", count=100)
+    page.until(lambda: page.state["queue"]["QUEUED"] == 100, "all are shown")
+    ids = [task["id"] for task in page.state["tasks"]]
+    assert len(ids) == 30
+    assert ids[:2] == [slow, failed]
 
 
 def test_only_who_knows_the_token_gets_in(lab: LabProcess) -> None:
@@ -376,6 +442,10 @@ def test_a_restart_of_the_embedded_postgres(
         lab.do("restart_postgres")
         assert EmbeddedPostgres(directory).pid_file_lines()[0] != before
         assert page.state["database"]["embedded"]
+        page.until(
+            lambda: "restarting" in [state["database"]["state"] for state in page.states],
+            "it has said so",
+        )
         order = start_order(lab)[1]
         order.until(lambda: is_finished(order), "the worker goes on")
         assert order.state["database"]["state"] == "up"

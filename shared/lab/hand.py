@@ -7,7 +7,8 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import psycopg
@@ -28,9 +29,11 @@ MOST_TASKS = 1000
 MOST_SLOTS = 1000
 ACT_TIMEOUT = 30.0  # seconds
 LOOK_INTERVAL = 0.05
+NOTICE = 0.5  # seconds until each page has heard of a restart, which is over sooner than that
 # What one can enqueue: the task's name, and what is special in its input.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "order": ("process_order", {}),
+    "slow_order": ("process_order", {"seconds": 5.0}),
     "failing_order": ("process_order", {"fails": True}),
     "plain": ("pack_parcel", {}),
     "sleeper": ("process_order", {"sleep": 10}),
@@ -55,6 +58,7 @@ class Hand:
         self.processes = Processes(lesson.path, self.queue, self.record, touch)
         self.constants: dict[str, float] = json.loads(os.environ.get("LAB_SETTINGS", "{}"))
         self.chosen: int | None = None  # what a scene wants the page to show
+        self.is_restarting = False  # Postgres, by us
 
     @property
     def embedded(self) -> bool:
@@ -102,7 +106,9 @@ class Hand:
 
     async def stop_all(self) -> None:
         """Begin with an empty stage: no workers, no gates."""
-        self.processes.kill_all()
+        if ended := self.processes.kill_all():
+            workers = "workers" if len(ended) > 1 else "worker"
+            self.record.say("ended", f"ended {workers} {' and '.join(ended)}")
         self.processes.clear()
         await self.release()
 
@@ -141,11 +147,15 @@ class Hand:
         if not self.embedded:
             raise LabError("Postgres is not ours to restart: it is the one in DATABASE_URL.")
         self.record.say("restart", "restarts Postgres")
+        self.is_restarting = True
         self.touch()
+        await asyncio.sleep(NOTICE)
         try:
             await asyncio.to_thread(embedded().restart)
         except (OSError, subprocess.SubprocessError) as error:
             raise LabError(f"Postgres does not restart: {one_line(error)}") from None
+        finally:
+            self.is_restarting = False
         self.record.say("restart", "Postgres has been restarted")
         self.touch()
 
@@ -157,18 +167,27 @@ class Hand:
         """Let go what is held at these gates, or at all, and hold no more."""
         self.processes.set_gates(self.processes.closed_gates - set(gates) if gates else set())
 
-    async def reached(self, gate: str, seconds: float = 20) -> dict[str, Any]:
-        """Wait until a function is held at a gate; say which."""
+    async def reached(
+        self, gate: str, whose: Callable[[], Awaitable[set[int]]], seconds: float = 20
+    ) -> None:
+        """Wait until the function of one of these tasks is held at a gate."""
 
-        def find() -> dict[str, Any] | None:
-            for worker in self.processes.workers:
-                for held in worker.held:
-                    if held["gate"] == gate:
-                        return {"worker_key": worker.key, **held}
-            return None
+        async def find() -> bool:
+            workers = self.processes.workers
+            held = {each["task"] for w in workers for each in w.held if each["gate"] == gate}
+            return bool(held) and bool(held & await whose())
 
-        found: dict[str, Any] = await self.wait_for(find, f"a function is at {gate}", seconds)
-        return found
+        await self.wait_for(find, f"a function is at {gate}", seconds)
+
+    @asynccontextmanager
+    async def locked(self, table: str) -> AsyncIterator[None]:
+        """Within this block who inserts a row into the table waits. Reading goes on."""
+        async with await self.connect() as conn, conn.transaction():
+            # It may wait for the reader as long as it takes.
+            await conn.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+            statement = sql.SQL("LOCK TABLE {} IN SHARE MODE").format(sql.Identifier(table))
+            await conn.execute(statement)
+            yield
 
     async def enqueue(self, kind: str, count: int = 1, **input: Any) -> list[int]:
         """Enqueue tasks of one kind, in one transaction; return their ids."""

@@ -93,7 +93,7 @@ class OpenLesson:
     @property
     def kinds(self) -> list[str]:
         """The kinds of tasks that one can enqueue, see shared/lab/functions.py."""
-        kinds = ["order", "failing_order", "plain"]
+        kinds = ["order", "slow_order", "failing_order", "plain"]
         if self.abilities >= {"durable", "sleep"}:
             kinds.append("sleeper")
         if self.abilities >= {"durable", "signal"}:

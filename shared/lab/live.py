@@ -161,7 +161,8 @@ class Live:
             self._times |= {name: worker.facts[name] for name in times if name in worker.facts}
         stillborn = workers[-1].error if workers and not workers[-1].is_alive else None
         lesson = self.lesson.summary() | self._times
-        database: State = {"state": "away" if self.away else "up", "embedded": self.hand.embedded}
+        known = "restarting" if self.hand.is_restarting else "away" if self.away else "up"
+        database: State = {"state": known, "embedded": self.hand.embedded}
         if self.away:
             database["error"] = self.away
         return {

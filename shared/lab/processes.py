@@ -171,8 +171,8 @@ class Processes:
         self._mark(worker, is_stopping=True)
         worker.process.send_signal(signal.SIGTERM)
 
-    def kill_all(self) -> None:
-        """Kill all workers, and wait until they have ended."""
+    def kill_all(self) -> list[str]:
+        """Kill all workers, and wait until they have ended; returns their names."""
         self.look()
         running = [worker for worker in self.workers if worker.exit is None]
         for worker in running:
@@ -181,6 +181,7 @@ class Processes:
         for worker in running:
             worker.process.wait()
         self.look()
+        return [worker.key for worker in running]
 
     def clear(self) -> None:
         """Forget those that have ended. When none is left, the names begin anew."""
@@ -222,7 +223,7 @@ class Processes:
                     worker.process.stdin.close()
                 if worker.killed_at is None:
                     text = f"worker {worker.key} has ended, exit status {status}"
-                    self.record.say("died", text, worker.key)
+                    self.record.say("died" if worker.error else "ended", text, worker.key)
                 self.record.ended(worker.key, worker.killed_at)
 
     def _mark(self, worker: WorkerProcess, **attributes: Any) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-MAX_ENTRIES = 2000  # of the log
+MAX_ENTRIES = 20_000  # of the log: a thousand orders with their steps
 MAX_TASKS = 20_000  # with lanes
 MAX_MOMENTS = 500
 MAX_TEXT = 2000  # characters of a line

@@ -5,6 +5,7 @@ A scene makes its moment certain by gates in the lab's own task functions. The l
 
 import asyncio
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import psycopg
 
 from shared.errors import error_text
 from shared.lab import crashes as c
+from shared.lab import stops as s
 from shared.lab import waits as w
 from shared.lab.errors import LabError
 from shared.lab.hand import Hand
@@ -31,11 +33,12 @@ class Scene:
     play: Play
     needs: frozenset[str] | set[str]
     without: frozenset[str] | set[str] = frozenset()
+    moment: int | None = None  # of the five that the README of lesson 07 has
 
 
-def moment(name: str, title: str, play: Play) -> Scene:
+def moment(number: int, name: str, title: str, play: Play) -> Scene:
     """A moment of a crash. An order that is suspended while it waits cannot be lost there."""
-    return Scene(name, title, play, {"durable"}, {"suspension"})
+    return Scene(name, title, play, {"durable"}, {"suspension"}, number)
 
 
 SCENES = [
@@ -46,14 +49,16 @@ SCENES = [
         {"heartbeats", "payments"},
         {"events"},
     ),
-    moment("before-event", "Killed before event and child are written", c.before_the_event),
-    moment("before-claim", "Killed before anybody claims the child", c.before_the_claim),
-    moment("child-runs", "Killed while the child runs", c.while_the_child_runs),
-    moment("after-charge", "Killed after the charge, before its outcome", c.after_the_charge),
-    moment("between", "Killed between two steps", c.between_two_steps),
-    moment("after-last", "Killed after the last step", c.after_the_last_step),
-    Scene("frozen", "Frozen, and back", c.fenced_off, {"heartbeats"}),
-    Scene("stop", "Told to stop", c.told_to_stop, {"graceful_stop", "durable"}),
+    moment(1, "before-event", "Killed before event and child are committed", c.before_the_event),
+    moment(2, "before-claim", "Killed before anybody claims the child", c.before_the_claim),
+    moment(3, "child-runs", "Killed while the child runs", c.while_the_child_runs),
+    moment(3, "after-charge", "Killed after the charge, before its outcome", c.after_the_charge),
+    moment(4, "between", "Killed between two steps", c.between_two_steps),
+    moment(4, "after-last", "Killed after the last step", c.after_the_last_step),
+    moment(5, "frozen", "Frozen, and back", s.refused_a_step),
+    Scene("frozen", "Frozen, and back", s.fenced_off, {"heartbeats"}, {"durable"}),
+    Scene("frozen", "Frozen, and back", s.fenced_off, {"suspension"}),
+    Scene("stop", "Told to stop", s.told_to_stop, {"graceful_stop", "durable"}),
     Scene("sleep", "Killed while an order sleeps", w.slept_through, {"sleep"}, {"suspension"}),
     Scene("suspended", "Killed, and nothing is lost", w.nobodys, {"suspension"}),
     Scene("early-signal", "Approved before it has asked", w.early_signal, {"signal"}),
@@ -62,9 +67,11 @@ SCENES = [
 ]
 
 
-def available(lesson: OpenLesson) -> list[dict[str, str]]:
-    """The scenes of a lesson."""
-    return [{"name": scene.name, "title": scene.title} for scene in of_lesson(lesson)]
+def about(scene: Scene, lesson: OpenLesson) -> dict[str, Any]:
+    """What the page says of a scene. Only one lesson's README counts the moments."""
+    shown: dict[str, Any] = {"name": scene.name, "title": scene.title}
+    has_moment = scene.moment is not None and lesson.number == "07"
+    return shown | {"moment": scene.moment} if has_moment else shown
 
 
 def of_lesson(lesson: OpenLesson) -> list[Scene]:
@@ -92,7 +99,7 @@ class Performance:
 
     def go_on(self, answer: str | None) -> None:
         """Work towards the next step, in the background: that may take as long as a takeover."""
-        if self._step is None or self._is_done():
+        if self._step is None or self.is_done():
             raise LabError("the scene is over")
         if self._work is not None:
             raise LabError("the scene is on its way to the next step")
@@ -106,7 +113,8 @@ class Performance:
         if self._work is not None:
             self._work.cancel()
             await asyncio.wait([self._work])
-        await self._steps.aclose()
+        with suppress(psycopg.Error):  # of what it has open in a database that is away
+            await self._steps.aclose()
 
     async def _advance(self, answer: str | None) -> None:
         try:
@@ -121,7 +129,8 @@ class Performance:
             self._work = None
         self.lab.touch()
 
-    def _is_done(self) -> bool:
+    def is_done(self) -> bool:
+        """Whether nothing follows."""
         return self._error is not None or (self._step is not None and self._step.is_last)
 
     def state(self) -> dict[str, Any] | None:
@@ -129,18 +138,17 @@ class Performance:
         if (step := self._step) is None:
             return None
         shown: dict[str, Any] = {
-            "name": self.scene.name,
-            "title": self.scene.title,
+            **about(self.scene, self.lab.lesson),
             "sentence": step.sentence,
             "question": step.question,
-            "rows": step.rows and {"title": step.rows.title, "rows": step.rows.rows},
+            "rows": step.rows and vars(step.rows),
             "button": step.button,
             "busy": step.meanwhile if self._work is not None else None,
             "said": self._given if self._work is not None else None,
             "choices": None if self._work is not None or self._error else step.choices or None,
             "answer": self._answer(step),
             "error": self._error,
-            "done": self._is_done(),
+            "done": self.is_done(),
         }
         return {name: value for name, value in shown.items() if value is not None}
 
@@ -161,6 +169,15 @@ class Player:
     def __init__(self, lab: Hand) -> None:
         self.lab = lab
         self._performance: Performance | None = None
+        self._played: set[str] = set()  # to their ends
+
+    def programme(self) -> list[dict[str, Any]]:
+        """The scenes of the lesson, and whether they have been played."""
+        lesson = self.lab.lesson
+        return [
+            about(scene, lesson) | {"played": scene.name in self._played}
+            for scene in of_lesson(lesson)
+        ]
 
     async def start(self, name: str) -> None:
         """Begin a scene: whatever worker runs is killed, and the first step is shown.
@@ -174,10 +191,11 @@ class Player:
             tasks = f"{count} open tasks" if count > 1 else "an open task"
             raise LabError(
                 f"The queue still has {tasks}, and a scene needs the workers for itself. "
-                "Start a worker and let it finish, or press “Empty the queue”."
+                "Start a worker and let it finish, or press “Reset the lab”."
             )
         await self.stop()
         await self.lab.stop_all()
+        self.lab.choose(None)
         self.lab.record.say("scene", f"the scene begins: {scene.title}")
         self._performance = Performance(scene, self.lab)
         await self._performance.begin()
@@ -193,6 +211,8 @@ class Player:
         """Leave the scene. Its workers stay; its gates do not."""
         if self._performance is not None:
             await self._performance.end()
+            if self._performance.is_done():
+                self._played.add(self._performance.scene.name)
             self._performance = None
         await self.lab.release()
         self.lab.touch()

@@ -32,7 +32,7 @@ from shared.diff import compare
 from shared.lab.errors import LabError
 from shared.lab.hand import CONCURRENCY, DURABLE_CONCURRENCY, Hand
 from shared.lab.live import Live
-from shared.lab.scenes import Player, available
+from shared.lab.scenes import Player
 from shared.lessons import all_lessons, find_lesson
 from shared.outages import one_line
 
@@ -139,7 +139,7 @@ class Lab:
         lessons = [path.name.partition("-") for path in all_lessons()]
         return {
             "lessons": [{"number": number, "name": name} for number, _, name in lessons],
-            "scenes": available(self.hand.lesson),
+            "scenes": self.player.programme(),
             "scene": self.player.state(),
         }
 
@@ -150,7 +150,8 @@ class Lab:
 
     async def stream(self, request: Request) -> Response:
         chosen = request.query_params.get("task", "")
-        seen = request.headers.get("last-event-id", "0")
+        # The browser's own word, after an interruption, or the page's, when it asks anew.
+        seen = request.headers.get("last-event-id") or request.query_params.get("seen", "0")
         events = self.live.stream(
             int(chosen) if chosen.isdecimal() else None, int(seen) if seen.isdecimal() else 0
         )

@@ -131,14 +131,15 @@ class Stage:
         return {status: numbers.get(status, 0) for status in self.lesson.statuses or numbers}
 
     async def _newest(self, conn: Connection) -> list[Row]:
-        """The newest tasks that are no children."""
+        """Tasks that are no children: those that run, then those that failed, then the newest."""
         top = ""
         if self.lesson.has("durable_events", "child_task_id"):
             top = "AND NOT EXISTS (SELECT FROM durable_events WHERE child_task_id = t.id)"
         rows = await self._rows(
             conn,
             f"SELECT * FROM ({self._tasks()}) AS t WHERE id >= %s AND queue = %s {top} "
-            f"ORDER BY id DESC LIMIT {NEWEST}",
+            "ORDER BY status = 'RUNNING' DESC, status = 'FAILED' DESC, id DESC "
+            f"LIMIT {NEWEST}",
             [self._first_id, self.queue],
         )
         tasks = [self._task(row, []) for row in rows]

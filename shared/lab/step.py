@@ -1,5 +1,6 @@
 """What scenes are written with: a step, and how they look into the lesson's tables."""
 
+import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +10,11 @@ from shared.lab.hand import Hand
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of the lesson's own tables, to be shown."""
+    """Rows of the lesson's own tables, to be shown, and when they were as they are here."""
 
     title: str
     rows: list[dict[str, Any]]
+    at: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,14 @@ async def held_at(lab: Hand, gate: str, **input: Any) -> tuple[str, int]:
     await lab.hold(gate)
     worker = await lab.start_worker()
     order = await enqueue_order(lab, **input)
-    await lab.reached(gate)
+    # Not another one, that the reader has enqueued meanwhile.
+    await lab.reached(gate, lambda: ids_of(lab, order))
     return worker, order
+
+
+async def ids_of(lab: Hand, order: int) -> set[int]:
+    """The ids of an order and its child tasks."""
+    return {row["id"] for row in (await tasks(lab, order)).rows}
 
 
 async def enqueue_order(lab: Hand, kind: str = "order", **input: Any) -> int:
@@ -89,15 +97,6 @@ async def tasks(lab: Hand, order: int) -> Rows:
     return Rows("the order and its steps", await lab.rows(query, {"id": order}))
 
 
-async def events(lab: Hand, order: int) -> Rows:
-    """The event log of an order."""
-    query = (
-        "SELECT event_id, kind, child_task_id FROM durable_events WHERE task_id = %(id)s "
-        "ORDER BY event_id"
-    )
-    return Rows("the event log of the order", await lab.rows(query, {"id": order}))
-
-
 async def payments(lab: Hand, order: int) -> Rows:
     """The payments of an order, from the demo's payment service."""
     query = (
@@ -109,11 +108,14 @@ async def payments(lab: Hand, order: int) -> Rows:
     return Rows("the payments", [row["payment"] for row in rows])
 
 
-async def first_run(lab: Hand, worker: str) -> str:
-    """The name of the first task that a worker runs, by its log."""
+async def first_run(lab: Hand, worker: str, since: int) -> str:
+    """The name of the first task that a worker runs, by its lines of the log after this number.
+
+    Each scene has a worker B: without the number it would be the one of an earlier scene.
+    """
 
     def find() -> str | None:
-        lines = [line["text"] for line in lab.record.newer_than(0) if line["worker"] == worker]
+        lines = [line["text"] for line in lab.record.newer_than(since) if line["worker"] == worker]
         return next((text.split()[-1] for text in lines if ": RUNNING " in text), None)
 
     return str(await lab.wait_for(find, f"worker {worker} runs a task"))
@@ -127,6 +129,12 @@ async def says_of(lab: Hand, worker: str, task: int, since: int) -> str:
         return next((line["what"] for line in lines if line.get("task") == task), None)
 
     return str(await lab.wait_for(find, f"worker {worker} says something of task {task}"))
+
+
+def line_with(lab: Hand, text: str, since: int) -> str | None:
+    """What a worker has said with this text in it, in a line of the log after this number."""
+    lines = lab.record.newer_than(since)
+    return next((line["text"] for line in lines if text in line["text"]), None)
 
 
 async def ran_again(lab: Hand, order: int) -> str:

@@ -63,8 +63,8 @@ async def nobodys(lab: Hand) -> Steps:
     await lab.kill(worker)
     choices = ["Yes, after five seconds", "No, it was nobody's when A died"]
     yield Step(
-        f"The order is SUSPENDED: no slot, no memory, no worker. {worker} has been killed. Then "
-        "worker B is started.",
+        f"The order is SUSPENDED: no slot, no memory, no worker. {worker} has been killed. When "
+        "you answer, we start worker B.",
         question="Will anybody notice that the order has lost its worker?",
         choices=choices,
         rows=await tasks(lab, order),
@@ -92,14 +92,11 @@ async def signal_to_nobody(lab: Hand) -> Steps:
     worker = await lab.start_worker()
     order = await enqueue_order(lab, "approval")
     suspended = "SELECT status = 'SUSPENDED' FROM tasks WHERE id = %(id)s"
-    waits = (
-        "SELECT count(*) > 0 FROM durable_events WHERE kind = 'SIGNAL_AWAITED' AND task_id = %(id)s"
-    )
-    await lab.until(waits, {"id": order}, "the order waits for its approval")
+    await asked(lab, order)
     await lab.until(suspended, {"id": order}, "the order is suspended")
     await lab.kill(worker)
     yield Step(
-        f"Worker {worker} was killed, and no worker runs. Now the approval is sent.",
+        f"Worker {worker} was killed, and no worker runs. When you answer, we send the approval.",
         question="What will be the status of the order then?",
         choices=["SUSPENDED", "QUEUED", "COMPLETED"],
         rows=await tasks(lab, order),
@@ -134,17 +131,14 @@ async def early_signal(lab: Hand) -> Steps:
     await lab.send_signal(order, "approval", {"by": "you"})
     choices = ["It is received", "It is lost, and the order waits for another"]
     yield Step(
-        "The signal is a row, and nobody has received it. Then worker A is started.",
+        "The signal is a row, and nobody has received it. When you answer, we start worker A.",
         question="What becomes of the signal when the order asks for it?",
         choices=choices,
         rows=await signals(lab, order),
         meanwhile="Worker A runs the order.",
     )
     await lab.start_worker()
-    waits = (
-        "SELECT count(*) > 0 FROM durable_events WHERE kind = 'SIGNAL_AWAITED' AND task_id = %(id)s"
-    )
-    await lab.until(waits, {"id": order}, "the order asks for its approval")
+    await asked(lab, order)
     rows = await signals(lab, order)
     if rows.rows[0]["received_by"] is not None:
         await finished(lab, order)
@@ -183,7 +177,8 @@ async def forked(lab: Hand) -> Steps:
     await finished(lab, order)
     before = {row["id"] for row in (await tasks(lab, order)).rows}
     yield Step(
-        "The order is COMPLETED. Event 1 is the charge, event 2 the email. We fork at event 2.",
+        "The order is COMPLETED. Event 1 is the charge, event 2 the email. When you answer, we "
+        "fork at event 2.",
         question="Which steps will run again, as new child tasks?",
         choices=[
             "charge_payment and send_confirmation_email",
@@ -201,6 +196,6 @@ async def forked(lab: Hand) -> Steps:
         "Branch 2 begins with what was kept of branch 1: the charge. The first email stays in the "
         "log as well, on the branch that was left.",
         rows=after,
-        right="Both" if len(new) > 1 else new[0] if new else "Neither",
+        right=" and ".join(new) if len(new) > 1 else new[0] if new else "Neither",
     )
     yield Step("There is one payment.", rows=await payments(lab, order), is_last=True)

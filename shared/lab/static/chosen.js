@@ -3,19 +3,38 @@
 import { action, el, text } from "./dom.js";
 import { hiddenAttempts, timeline } from "./timeline.js";
 
+const NO_TASK = "Enqueue an order, or choose a task of the queue.";
+const NO_ORDER = "The scene has no order yet.";
+
 /** All of the panel. */
 export function chosenTask(state, now, width) {
   const chosen = state.chosen;
   if (!chosen)
-    return [el("p", { class: "none" }, "Enqueue an order, or choose a task of the queue.")];
+    return [el("p", { class: "none" }, state.scene ? NO_ORDER : NO_TASK)];
   const hidden = hiddenAttempts(chosen);
   return [
     head(chosen.task),
     hidden > 0 && el("p", { class: "quiet" }, `${hidden} earlier attempts are not drawn.`),
-    timeline(chosen, now, width),
+    ...drawn(chosen, now, width),
     extras(chosen),
     hand(chosen, state.lesson.abilities),
   ].filter(Boolean);
+}
+
+// What in the picture does not explain itself.
+const LEGEND = {
+  ".stale": "hatched: nobody runs it",
+  ".queued": "dotted: it is in the queue",
+  ".lost": "pale: it is not this attempt's any more",
+  ".event": "circle: an event is written",
+};
+
+/** The picture, and a line on what is in it. */
+function drawn(chosen, now, width) {
+  const picture = timeline(chosen, now, width);
+  const shown = Object.keys(LEGEND).filter((kind) => picture.querySelector(kind));
+  const words = shown.map((kind) => LEGEND[kind]).join(" · ");
+  return [picture, words && el("p", { class: "legend", "data-key": "legend" }, words)];
 }
 
 function head(task) {

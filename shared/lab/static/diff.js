@@ -77,7 +77,7 @@ function file({ name, state, rows }, number) {
     el("h2", {}, name, el("span", {}, state)),
     el(
       "div",
-      { class: `code ${isOne ? "one" : ""}`, tabindex: "0", role: "group", "aria-label": name },
+      { class: `code ${isOne ? `one ${state}` : ""}`, tabindex: "0", role: "group", "aria-label": name },
       el(
         "table",
         {},

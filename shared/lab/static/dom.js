@@ -92,6 +92,11 @@ export function seconds(value) {
   return `${value < 10 ? value.toFixed(1) : Math.round(value)} s`;
 }
 
+/** The time of day. */
+export function clock(at) {
+  return new Date(at * 1000).toTimeString().slice(0, 8);
+}
+
 /** A value of the database for people. */
 export function text(value) {
   if (value == null) return "";

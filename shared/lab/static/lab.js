@@ -3,19 +3,21 @@
 import { chosenTask } from "./chosen.js";
 import { showDiff } from "./diff.js";
 import { action, el, morph } from "./dom.js";
-import { show as showLog, take } from "./log.js";
+import { lastNumber, show as showLog, take } from "./log.js";
 import { enqueueButtons, queue } from "./queue.js";
 import { scene } from "./scene.js";
 import { workers } from "./workers.js";
 
 const NEXT = "button.primary, .choices button, .programme button, .working";
-const TICK = 500; // ms between two looks at the clock; each one costs a repaint
+const TICK = 500; // ms between two looks at the clock while a task is open; each costs a repaint
+const IDLE_TICK = 1000; // and while only heartbeats grow older
 
 const $ = (id) => document.getElementById(id);
 let state = null; // the server's last word
 let received = 0; // when it came, by performance.now()
 let chosen = null; // the id of the task that the reader, or a scene, has chosen
 let follows = undefined; // what the server chose last
+let playing = undefined; // the name of the scene that is played
 let stream = null;
 
 /** How many seconds ago the state was true. */
@@ -23,7 +25,8 @@ const late = () => (performance.now() - received) / 1000;
 
 function connect() {
   stream?.close();
-  stream = new EventSource(`/api/stream${chosen == null ? "" : `?task=${chosen}`}`);
+  const task = chosen == null ? "" : `task=${chosen}&`;
+  stream = new EventSource(`/api/stream?${task}seen=${lastNumber()}`);
   stream.addEventListener("state", (event) => receive(JSON.parse(event.data)));
   stream.addEventListener("log", (event) => {
     take(JSON.parse(event.data));
@@ -41,10 +44,15 @@ function receive(news) {
   if (news.now != null) received = performance.now();
   // While the database is away, the tables are shown as they were when last seen.
   state = news.now == null ? { tasks: [], ...state, ...news, chosen: state?.chosen } : news;
-  if (state.choose != null && state.choose !== follows) choose(state.choose);
+  // A reload keeps what the address names.
+  if (state.choose !== (follows === undefined ? null : follows)) choose(state.choose);
   follows = state.choose;
+  // A scene that has no order yet shows none: not the one that was looked at before.
+  const scene = state.scene?.name ?? null;
+  if (playing !== undefined && scene && scene !== playing && state.choose == null) choose(null);
+  playing = scene;
   const newest = state.tasks.find((task) => task.parent == null);
-  if (chosen == null && newest) choose(newest.id);
+  if (chosen == null && newest && !state.scene) choose(newest.id);
   fault(state.lesson.error);
   render();
 }
@@ -52,7 +60,7 @@ function receive(news) {
 function choose(id) {
   if (id === chosen) return;
   chosen = id;
-  history.replaceState(null, "", `#task-${id}`);
+  history.replaceState(null, "", id == null ? location.pathname : `#task-${id}`);
   connect();
 }
 
@@ -82,10 +90,19 @@ function renderScene() {
 /** What changes with the clock alone. */
 function renderWhatMoves() {
   if (!state || document.hidden) return;
-  morph($("workers"), workers(state, late()));
+  renderWorkers();
   const isShown = state.chosen?.task.id === chosen;
   if (isShown || !state.chosen)
     morph($("timeline"), chosenTask(state, state.now + late(), $("timeline").clientWidth || 600));
+}
+
+/** Whose card's button is gone stays with the card; whose card is gone, with the next thing to do. */
+function renderWorkers() {
+  const card = document.activeElement.closest?.("#workers .worker");
+  const isInside = $("workers").contains(document.activeElement);
+  morph($("workers"), workers(state, late()));
+  if (!isInside || $("workers").contains(document.activeElement)) return;
+  (card?.isConnected ? card : document.querySelector("[data-action=start_worker]")).focus();
 }
 
 function databaseParts(database) {
@@ -189,7 +206,13 @@ document.querySelector("[role=tablist]").addEventListener("keydown", (event) => 
 $("log-all").addEventListener("change", renderLog);
 addEventListener("resize", renderWhatMoves);
 document.addEventListener("visibilitychange", () => state && render());
-setInterval(renderWhatMoves, TICK);
+
+function tick() {
+  if (late() > TICK / 2000) renderWhatMoves(); // else it has just been drawn
+  const isOpen = state?.chosen && !["COMPLETED", "FAILED"].includes(state.chosen.task.status);
+  setTimeout(tick, isOpen ? TICK : IDLE_TICK);
+}
+tick();
 
 const address = location.hash.match(/^#task-(\d+)$/);
 if (address) chosen = Number(address[1]);

@@ -1,15 +1,18 @@
 // The workers' log lines, as they come. Only so many stay, or a thousand tasks would be too many.
 
-import { chip, el } from "./dom.js";
+import { chip, clock, el } from "./dom.js";
 
-const KEPT = 3000; // lines, of all tasks
+const KEPT = 20_000; // lines, of all tasks: of a thousand orders with their steps
 const SHOWN = 400;
 
 let lines = [];
 
+/** The number of the last line that is known. */
+export const lastNumber = () => lines.at(-1)?.n ?? 0;
+
 /** Take in new lines; those that are known already are left out. */
 export function take(news) {
-  const last = lines.at(-1)?.n ?? 0;
+  const last = lastNumber();
   lines = [...lines, ...news.filter((line) => line.n > last)].slice(-KEPT);
 }
 
@@ -42,13 +45,10 @@ function row(line) {
   return el(
     "div",
     { "data-key": line.n, class: line.what === "scene" ? "begin" : null },
-    el("time", {}, clock(line.at)),
+    el("time", {}, `${clock(line.at)}.${thousandths(line.at)}`),
     isLab ? el("span") : chip(line.worker),
     el("span", { class: isLab ? "hand" : isBad ? "bad" : "" }, line.text),
   );
 }
 
-function clock(at) {
-  const date = new Date(at * 1000);
-  return `${date.toTimeString().slice(0, 8)}.${String(date.getMilliseconds()).padStart(3, "0")}`;
-}
+const thousandths = (at) => String(new Date(at * 1000).getMilliseconds()).padStart(3, "0");

@@ -1,8 +1,7 @@
-// What stands on the axis of a timeline: seconds, moments, and how things ended.
+// What stands in a timeline: moments, and how things ended.
 
 import { svg } from "./dom.js";
 
-const STEPS = [1, 2, 5, 10, 20, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 86400];
 const RED = ["kill", "died"];
 // What happened, in a word or two; the log has it in full.
 const NAMES = {
@@ -12,6 +11,7 @@ const NAMES = {
   stop: (key) => `SIGTERM to ${key}`,
   cut: (key) => `connections of ${key} cut`,
   died: (key) => `${key} has ended`,
+  ended: (key) => `${key} has ended`,
   restart: (key, text) => (text.includes("has been") ? "Postgres is back" : "Postgres restarts"),
   requeued: (key) => `queued again by ${key}`,
 };
@@ -21,31 +21,6 @@ const LEVELS = 3;
 /** About how wide a text of 12 to 13 pixels is. */
 export function textWidth(text) {
   return 6.8 * text.length;
-}
-
-/** Seconds since the left edge, below everything. */
-export function axis(place, bottom) {
-  const span = place.to - place.from;
-  const room = (place.end - place.left) / span;
-  const step = STEPS.find((one) => one * room > 46) ?? STEPS.at(-1);
-  const parts = [];
-  for (let second = 0; second <= span + 0.01; second += step) {
-    const x = place.x(place.from + second);
-    parts.push(
-      svg("line", { class: "grid", x1: x, x2: x, y1: bottom, y2: bottom + 5 }),
-      svg(
-        "text",
-        { class: "quiet", x, y: bottom + 19, "text-anchor": second ? "middle" : "start" },
-        second ? String(second) : "0 s",
-      ),
-    );
-  }
-  return svg(
-    "g",
-    {},
-    svg("line", { class: "grid", x1: place.left, x2: place.end, y1: bottom, y2: bottom }),
-    parts,
-  );
 }
 
 /** The moments: their names in as many levels as they need, and a line down from each. */
@@ -114,20 +89,13 @@ export function kill(x, y) {
   return svg("path", { class: "kill", d: `M${(x - 6).toFixed(1)} ${y - 6}l12 12m0 -12l-12 12` });
 }
 
-/** A status, or how an attempt ended, right of where it ended, or left of it where there is no room. */
-export function status(text, x, place, y) {
-  const isLeft = x + textWidth(text) + 8 > place.width;
+/** A status, or how an attempt ended: in a column of its own, where no line runs through it. */
+export function status(text, place, y) {
   const kind = text === "COMPLETED" ? "done" : text === "FAILED" ? "bad" : "quiet";
-  return svg(
-    "text",
-    {
-      class: kind,
-      x: isLeft ? place.width : x + 7,
-      y: isLeft && place.isNarrow ? y - 6 : y + 14,
-      "text-anchor": isLeft ? "end" : "start",
-    },
-    text,
-  );
+  const at = place.isNarrow
+    ? { x: place.width, y: y - 6, "text-anchor": "end" }
+    : { x: place.end + 8, y: y + 15 };
+  return svg("text", { class: kind, ...at }, text);
 }
 
 /** Hatched: the row says RUNNING, and nobody runs it. */

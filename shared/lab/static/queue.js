@@ -5,9 +5,10 @@ import { action, chip, el } from "./dom.js";
 const NEWEST = 30; // so many the server lists
 const ENQUEUE = [
   ["order", 1, "An order"],
+  ["slow_order", 1, "A slow one", "Each step takes five seconds"],
   ["order", 10, "Ten"],
   ["order", 1000, "A thousand"],
-  ["failing_order", 1, "One that fails"],
+  ["failing_order", 1, "One that fails", "The email's first attempt fails; a retry succeeds"],
   ["sleeper", 1, "One that sleeps"],
   ["approval", 1, "One to approve"],
   ["plain", 1, "A parcel"],
@@ -16,8 +17,8 @@ const ENQUEUE = [
 /** The buttons that enqueue what this lesson's tasks can do. */
 export function enqueueButtons(state) {
   const kinds = state.lesson.kinds ?? ["order"];
-  return ENQUEUE.filter(([kind]) => kinds.includes(kind)).map(([kind, count, text]) =>
-    action("enqueue", { kind, count }, text, { class: "small" }),
+  return ENQUEUE.filter(([kind]) => kinds.includes(kind)).map(([kind, count, text, title]) =>
+    action("enqueue", { kind, count }, text, { class: "small", title }),
   );
 }
 
@@ -36,10 +37,10 @@ export function queue(state, chosen) {
     el("div", { class: "counts", "data-key": "counts" }, counts),
     notes(state) && el("p", { class: "quiet", "data-key": "notes" }, notes(state)),
     tasks.length > 0 &&
-      action("empty", {}, "Empty the queue", {
+      action("empty", {}, "Reset the lab", {
         class: "small",
         "data-key": "empty",
-        title: "Kills all workers, and deletes the lab's tasks",
+        title: "Kills all workers, and deletes all tasks",
       }),
     tasks.length
       ? el("ol", { class: "tasks", "aria-label": "The newest tasks" }, tasks)
@@ -51,9 +52,10 @@ export function queue(state, chosen) {
 function notes({ lesson, tasks }) {
   const isCut = tasks.length >= NEWEST;
   if (!tasks.length) return "";
-  if (lesson.abilities?.includes("durable"))
-    return `Counted with their steps, listed without${isCut ? `, the newest ${NEWEST}` : ""}.`;
-  return isCut ? `Listed are the newest ${NEWEST}.` : "";
+  const cut = `The list shows ${NEWEST} tasks: those that run or failed, then the newest.`;
+  return [lesson.abilities?.includes("durable") && "The numbers include steps.", isCut && cut]
+    .filter(Boolean)
+    .join(" ");
 }
 
 /** Parents newest first, each followed by its children in their order. */

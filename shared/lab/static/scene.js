@@ -1,33 +1,50 @@
 // Scenes: one sentence at a time, a question before what follows, the tables' own rows as the answer.
 
-import { action, el, text } from "./dom.js";
+import { action, clock, el, text } from "./dom.js";
 
 /** The scene that is played, or the programme. */
 export function scene(state) {
-  return state.scene ? played(state.scene) : programme(state.scenes ?? []);
+  const scenes = state.scenes ?? [];
+  return state.scene ? played(state.scene, scenes) : programme(scenes);
 }
 
 function programme(scenes) {
   if (!scenes.length)
     return [el("p", { class: "quiet" }, "This lesson has no scenes. Do with it what you like.")];
   return [
-    el("h2", {}, "Scenes"),
     el(
-      "ol",
-      { class: "programme" },
-      scenes.map(({ name, title }) =>
-        el("li", { "data-key": name }, action("scene", { name }, title, { class: "plain" })),
-      ),
+      "p",
+      { class: "hint" },
+      "The lesson runs here for real, and you can break it. Start with scene 1, or start a worker and enqueue an order.",
     ),
+    el("h2", {}, "Scenes"),
+    el("ol", { class: "programme" }, scenes.map(entry)),
   ];
 }
 
-function played(scene) {
+function entry({ name, title, moment, played }) {
+  return el(
+    "li",
+    { "data-key": name },
+    action("scene", { name }, title),
+    el(
+      "span",
+      { class: "quiet" },
+      [moment && `moment ${moment}`, played && "✓ played"].filter(Boolean).join(", "),
+    ),
+  );
+}
+
+const ORDINALS = ["", "first", "second", "third", "fourth", "fifth"];
+
+function played(scene, scenes) {
+  const number = scenes.findIndex(({ name }) => name === scene.name) + 1;
+  const moment = scene.moment ? ` (the ${ORDINALS[scene.moment]} moment)` : "";
   return [
     el(
       "div",
       { class: "over", "data-key": "over" },
-      el("h2", {}, `Scene: ${scene.title}`),
+      el("h2", {}, `Scene ${number}: ${scene.title}${moment}`),
       !scene.done && action("scene_stop", {}, "Leave the scene", { class: "small" }),
     ),
     el(
@@ -41,7 +58,7 @@ function played(scene) {
       scene.error && el("p", { class: "failed" }, `The scene cannot go on. ${scene.error}`),
     ),
     scene.choices && choices(scene),
-    !scene.choices && next(scene),
+    !scene.choices && next(scene, scenes[number]),
   ].filter(Boolean);
 }
 
@@ -69,23 +86,28 @@ function choices(scene) {
 }
 
 /** What leads on; or, while the scene is on its way, what to watch. */
-function next(scene) {
-  const button = () =>
-    scene.done
-      ? action("scene_stop", {}, "To the other scenes", { class: "primary" })
-      : action("scene_next", {}, scene.button, { class: "primary" });
+function next(scene, following) {
+  const buttons = () => {
+    if (!scene.done) return [action("scene_next", {}, scene.button, { class: "primary" })];
+    const others = action("scene_stop", {}, "To the other scenes", {
+      class: following ? null : "primary",
+    });
+    if (!following) return [others];
+    const { name, title } = following;
+    return [action("scene", { name }, "Next scene", { class: "primary", title }), others];
+  };
   return el(
     "div",
     { class: "buttons", "data-key": "next" },
     // It takes the focus, so that who plays with the keyboard is not lost meanwhile.
     scene.busy
       ? el("span", { class: "working", role: "status", tabindex: "-1" }, scene.busy)
-      : button(),
+      : buttons(),
   );
 }
 
-function table({ title, rows }) {
-  if (!rows.length) return el("p", { class: "quiet" }, `${title}: no rows`);
+function table({ title, rows, at }) {
+  if (!rows.length) return el("p", { class: "quiet" }, `${title}, at ${clock(at)}: no rows`);
   const columns = Object.keys(rows[0]);
   return el(
     "div",
@@ -93,7 +115,7 @@ function table({ title, rows }) {
     el(
       "table",
       {},
-      el("caption", {}, title),
+      el("caption", {}, `${title}, at ${clock(at)}`),
       el(
         "thead",
         {},

@@ -1,10 +1,10 @@
 // The chosen task on an axis of time: a lane for each attempt, below them a row for each event.
 
 import { colour, svg } from "./dom.js";
-import { axis, hatch, kill, marks, status, textWidth } from "./marks.js";
+import { axis, BAR, folds, layout, LEAST } from "./axis.js";
+import { hatch, kill, marks, status, textWidth } from "./marks.js";
 
 const LANES = 6; // so many attempts have a lane; of more, the last ones
-const BAR = 20;
 const LATE = 0.4; // seconds that the lab may hear of something later than it has happened
 const OPEN = ["QUEUED", "RUNNING", "SLEEPING", "SUSPENDED"];
 // What the lanes themselves show is not marked once more.
@@ -16,6 +16,7 @@ const MARKED = [
   "cut",
   "restart",
   "died",
+  "ended",
   "requeued",
   "retry",
   "replay",
@@ -25,8 +26,11 @@ const MARKED = [
 
 /** The picture, so many pixels wide. `now` is Postgres's clock. */
 export function timeline(chosen, now, width) {
-  const place = layout(chosen, now, width);
   const lanes = chosen.lanes.slice(-LANES);
+  const first = lanes[0]?.from ?? now;
+  const from = hiddenAttempts(chosen) ? first : Math.min(chosen.task.inserted_at, first);
+  const until = isOpen(chosen) ? now : lastEnd(chosen) + 0.3;
+  const place = layout(happenings(chosen), from, until, now, width);
   const moments = chosen.moments.filter(
     (moment) => MARKED.includes(moment.what) && moment.at >= place.from && moment.at <= place.to,
   );
@@ -34,8 +38,10 @@ export function timeline(chosen, now, width) {
   let y = drawnMoments.height;
   const parts = [];
   const rowOf = new Map(); // attempt -> y
+  const rows = []; // all of their ys
   for (const lane of lanes) {
     rowOf.set(lane.attempt, y);
+    rows.push(y);
     parts.push(attempt(lane, chosen, place, y));
     y += place.row;
   }
@@ -49,6 +55,7 @@ export function timeline(chosen, now, width) {
   for (const event of chosen.events ?? []) {
     parts.push(child(event, children.get(event.child), chosen, place, y));
     links.push(link(event, lanes, rowOf, place, y));
+    rows.push(y);
     y += place.row;
   }
   return svg(
@@ -66,6 +73,7 @@ export function timeline(chosen, now, width) {
     drawnMoments.lines(y),
     links.map((pair) => pair[0]),
     parts,
+    folds(place, rows, y),
     links.map((pair) => pair[1]),
     drawnMoments.texts,
   );
@@ -76,28 +84,16 @@ export function hiddenAttempts(chosen) {
   return Math.max(0, chosen.lanes.length - LANES);
 }
 
-/** Where a time and a row are. A narrow picture has its names above the rows. */
-function layout(chosen, now, width) {
-  const isNarrow = width < 640;
-  const left = isNarrow ? 4 : 206;
-  const right = isNarrow ? 8 : 104;
-  const first = chosen.lanes.slice(-LANES)[0]?.from ?? now;
-  const from = Math.max(Math.min(chosen.task.inserted_at, first), first - 15);
-  const to = Math.max(from + 4, isOpen(chosen) ? now : lastEnd(chosen) + 0.3);
-  const scale = (width - left - right) / (to - from);
-  const x = (time) => left + (Math.min(Math.max(time, from), to) - from) * scale;
-  return {
-    from,
-    to,
-    x,
-    left,
-    end: width - right,
-    width,
-    isNarrow,
-    now,
-    row: isNarrow ? 44 : 31,
-    names: isNarrow ? 18 : 0,
-  };
+/** All times at which something happened to the task or its children. */
+function happenings({ task, lanes, children, events, moments }) {
+  const rows = [{ ...task, lanes }, ...(children ?? [])];
+  const marked = moments.filter((moment) => MARKED.includes(moment.what));
+  const times = rows.flatMap((row) => [
+    row.inserted_at,
+    row.finished_at,
+    ...(row.lanes ?? []).flatMap((lane) => [lane.from, lane.to]),
+  ]);
+  return [...times, ...[...(events ?? []), ...marked].map((one) => one.at)];
 }
 
 const isOpen = ({ task, lanes }) =>
@@ -121,7 +117,7 @@ function name(text, place, y, quiet) {
     {
       x: place.isNarrow ? place.left : 0,
       y: y + (place.isNarrow ? 12 : 15),
-      class: quiet ? "quiet" : null,
+      class: `name ${quiet ? "quiet" : ""} ${place.isNarrow ? "halo" : ""}`,
     },
     short,
   );
@@ -130,10 +126,12 @@ function name(text, place, y, quiet) {
 function attempt(lane, chosen, place, y) {
   const following = chosen.lanes.find((other) => other.attempt > lane.attempt);
   const parts = bars([lane], chosen.task, chosen.moments, place, y + place.names, following);
+  const isFirst = lane === chosen.lanes[0];
   return svg(
     "g",
     { class: colour(lane.worker_key ?? "") },
     name(`attempt ${lane.attempt}`, place, y),
+    isFirst && stretch("queued", chosen.task.inserted_at, lane.from, place, y + place.names),
     parts,
     outcome(lane, following, chosen.task, place, y + place.names),
   );
@@ -145,7 +143,7 @@ function pending(chosen, place, y) {
   return [
     name("nobody has claimed it", place, y, true),
     stretch("queued", chosen.task.inserted_at, chosen.task.finished_at ?? place.now, place, top),
-    status(chosen.task.status, place.x(chosen.task.finished_at ?? place.now), place, top),
+    status(chosen.task.status, place, top),
   ];
 }
 
@@ -153,7 +151,8 @@ function pending(chosen, place, y) {
 function bars(lanes, row, moments, place, y, following) {
   return lanes.flatMap((lane, number) => {
     const next = lanes[number + 1] ?? following;
-    const parts = [bar(lane, ownedUntil(lane, next, row, moments, place), place, y)];
+    const parts = [bar(lane, ownedUntil(lane, next, row, moments, place), moments, place, y)];
+    if (lane.end === "FAILED" && lanes[number + 1]) parts.push(failure(lane, next, place, y));
     if (lane.to != null) parts.push(...after(lane, next, row, moments, place, y));
     if (isCutOff(lane)) parts.push(kill(place.x(lane.to), y + BAR / 2));
     return parts;
@@ -174,19 +173,53 @@ function requeuedAfter(time, moments) {
   return moments.find((moment) => moment.what === "requeued" && moment.at >= time)?.at;
 }
 
-function bar(lane, owned, place, y) {
-  const [x, middle, end] = [lane.from, owned, lane.to ?? place.now].map(place.x);
-  const rect = (kind, from, to) =>
-    svg("rect", { class: kind, x: from, y, width: Math.max(2, to - from), height: BAR, rx: 3 });
+/** An attempt: hatched while its worker is frozen, pale when the row is not its own any more. */
+function bar(lane, owned, moments, place, y) {
+  const end = lane.to ?? place.now;
+  const isLost = (time) => end - owned > LATE && time >= owned;
+  const frozen = freezes(lane, end, moments);
+  const isFrozen = (time) => frozen.some(([from, to]) => from <= time && time < to);
+  const times = [lane.from, owned, ...frozen.flat(), end].sort((one, two) => one - two);
+  const x = place.x(lane.from);
+  const edge = (time) => (time === lane.from ? x : Math.max(x + LEAST, place.x(time)));
+  const parts = [];
+  for (const [number, from] of times.slice(0, -1).entries()) {
+    const kind = `${isFrozen(from) ? "stale" : "lane"} ${isLost(from) ? "lost" : ""}`;
+    const last = parts.at(-1);
+    const to = edge(times[number + 1]);
+    if (last?.kind === kind) last.to = to;
+    else if (to > edge(from)) parts.push({ kind, from: edge(from), to });
+  }
   return svg(
     "g",
     { class: colour(lane.worker_key ?? "") },
     svg("title", {}, lane.text ?? `attempt ${lane.attempt}`),
-    (lane.to ?? place.now) - owned > LATE && rect("lane past", middle, end),
-    rect("lane", x, middle),
-    middle - x > 16 &&
-      lane.worker_key &&
-      svg("text", { class: "on", x: x + 6, y: y + 14 }, lane.worker_key),
+    parts.map(({ kind, from, to }) => rect(kind, from, to - from, y)),
+    lane.worker_key &&
+      svg("text", { class: "on", x: x + 7.5, y: y + 14.5, "text-anchor": "middle" }, lane.worker_key),
+  );
+}
+
+const rect = (kind, x, width, y) =>
+  svg("rect", { class: kind, x, y, width, height: BAR, rx: 3 });
+
+/** The times from which and until which a lane's worker was frozen. */
+function freezes(lane, end, moments) {
+  const own = moments.filter((one) => one.worker_key === lane.worker_key);
+  return own
+    .filter(({ what, at }) => what === "freeze" && at >= lane.from && at < end)
+    .map(({ at }) => [at, Math.min(end, own.find((m) => m.what === "thaw" && m.at >= at)?.at ?? end)]);
+}
+
+/** That an attempt has failed, where another one of the same row follows. */
+function failure(lane, next, place, y) {
+  const x = Math.max(place.x(lane.to), place.x(lane.from) + LEAST);
+  const hasRoom = place.x(next.from) - x > textWidth("FAILED") + 10;
+  return svg(
+    "g",
+    {},
+    rect("bad", x - 3, 3, y),
+    hasRoom && svg("text", { class: "bad", x: x + 6, y: y + 15 }, "FAILED"),
   );
 }
 
@@ -212,7 +245,7 @@ function stretch(kind, from, to, place, y) {
   const width = place.x(to) - x;
   if (width < 1) return "";
   const text = SAYS[kind];
-  const hasText = kind === "queued" && width > textWidth(text) + 10;
+  const hasText = kind === "queued" && width > textWidth(text) + 20;
   return svg(
     "g",
     {},
@@ -232,11 +265,9 @@ const SAID = {
 
 /** How an attempt ended, right of its bar. */
 function outcome(lane, following, task, place, y) {
-  if (lane.end == null) return following ? "" : status(task.status, place.x(place.now), place, y);
-  if (!following && OPEN.includes(task.status)) {
-    return status(task.status, place.x(place.now), place, y);
-  }
-  return status(SAID[lane.end] ?? lane.end, place.x(lane.to), place, y);
+  if (lane.end == null) return following ? "" : status(task.status, place, y);
+  if (!following && OPEN.includes(task.status)) return status(task.status, place, y);
+  return status(SAID[lane.end] ?? lane.end, place, y);
 }
 
 /** A row for an event: the child that it leads to, from its creation to its end. */
@@ -247,7 +278,6 @@ function child(event, child, chosen, place, y) {
   const lanes = child.lanes ?? [];
   const claimed = lanes[0]?.from ?? child.finished_at ?? place.now;
   const isAsleep = child.status === "SLEEPING" || (!lanes.length && event.kind !== "TASK_STARTED");
-  const ended = Math.max(child.finished_at ?? place.now, lanes.at(-1)?.to ?? 0);
   return svg(
     "g",
     { class: isPast ? "past" : null },
@@ -256,7 +286,7 @@ function child(event, child, chosen, place, y) {
       ? stretch("asleep", child.inserted_at, child.finished_at ?? place.now, place, top)
       : stretch("queued", child.inserted_at, claimed, place, top),
     bars(lanes, child, chosen.moments, place, top),
-    status(child.status, place.x(ended), place, top),
+    status(child.status, place, top),
   );
 }
 
@@ -276,8 +306,8 @@ function link(event, lanes, rowOf, place, y) {
   const from = rowOf.get(lane.attempt) + place.names + BAR;
   const title = svg("title", {}, `event ${event.event_id}`);
   return [
-    svg("path", { class: "link", d: `M${x} ${from}V${y + place.names}` }),
-    svg("circle", { class: "event", cx: x, cy: from - 1, r: 4.5 }, title),
+    svg("path", { class: "link", d: `M${x} ${from + 4}V${y + place.names}` }),
+    svg("circle", { class: "event", cx: x, cy: from + 4, r: 4.5 }, title),
   ];
 }
 

@@ -14,10 +14,9 @@ export function workers(state, late) {
   if (!state.workers.length) {
     return [el("p", { class: "none" }, "No worker runs. What is in the queue waits.")];
   }
-  const living = state.workers.filter((worker) => worker.state !== "dead");
-  const dead = state.workers.filter((worker) => worker.state === "dead").reverse();
-  const cards = [...living, ...dead].map((worker) => card(worker, state, late));
-  if (dead.length)
+  // Each keeps its place: a second click must not hit another one's button.
+  const cards = state.workers.map((worker) => card(worker, state, late));
+  if (state.workers.some((worker) => worker.state === "dead"))
     cards.push(action("clear", {}, "Forget the dead", { class: "small" }));
   return cards;
 }
@@ -29,6 +28,7 @@ function card(worker, { lesson, database }, late) {
       class: `worker ${colour(worker.key)} ${worker.state}`,
       "data-key": worker.key,
       "aria-label": `worker ${worker.key}`,
+      tabindex: "-1",
     },
     el(
       "div",
@@ -39,7 +39,7 @@ function card(worker, { lesson, database }, late) {
     el("p", { class: "small-print" }, `process ${worker.pid}${displayName(worker)}`),
     worker.error && el("pre", { tabindex: "0", "aria-label": "its last words" }, worker.error),
     lesson.inactive_after != null &&
-      pulse(worker, lesson.inactive_after, late, database.state === "away"),
+      pulse(worker, lesson.inactive_after, late, database.state !== "up"),
     worker.state !== "dead" && worker.slots && slots(worker.slots),
     (worker.state !== "dead" && worker.held ? worker.held : []).map(heldAt),
     worker.state !== "dead" && buttons(worker),
