@@ -33,7 +33,7 @@ async def call(
     finally:
         in_time = running.done()
         # First the context: what is cancelled must not start further steps.
-        left = [each for each in (running, *context.end()) if not each.done()]
+        left = {each for each in {running, *context.end()} if not each.done()}
         for each in left:
             each.cancel()
         if left:
