@@ -83,8 +83,8 @@ class Notifications:
             await asyncio.sleep(TELL_INTERVAL)
 
     async def tell(self) -> None:
-        """In a transaction that writes nothing: a NOTIFY in one that writes would make all other
-        notifying transactions of the server wait until its commit is on disk. Lost is lost."""
+        """Send all of it in a transaction that writes nothing: one that writes would hold up every
+        other notifying transaction of the server during its flush. If it fails, the polls help."""
         queues, self._queues = self._queues, set()
         finished, self._finished = self._finished, set()
         self._to_tell.clear()
