@@ -257,9 +257,16 @@ async def test_a_trigger_of_another_kind_loses_the_wake_up(lab: Lab, mutant: str
 async def test_finishers_of_a_parent_that_is_not_suspended_do_not_wait_for_each_other(
     lab: Lab, mutant: str | None
 ) -> None:
-    """Nor does the claim pass over their parent until they have committed."""
+    """Nor does the claim pass over a QUEUED parent until they have committed."""
     if mutant:
         await mutate(lab, mutant)
+    running = await Family(lab).make(2)
+    async with two_sides(lab.pool) as (one, other):
+        await one.send(begin)
+        assert not await one.send(running.finish)
+        assert await other.send(lambda conn: running.finish(conn, 1)) == bool(mutant)
+        await one.send(commit)
+        await other.last
     family = await Family(lab).make(2, status="QUEUED", worker_id=None)
     beat = "INSERT INTO workers (id, display_name) VALUES (%s, 'w')"
     await execute(lab.pool, beat, family.worker_id)

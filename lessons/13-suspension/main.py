@@ -296,11 +296,16 @@ async def suspended(demo: Demo) -> None:
     """Let 2,000 orders sleep, with 100 durable slots; others run meanwhile; then all go on."""
     logging.getLogger("worker").setLevel(logging.WARNING)  # else it says thousands of lines
     demo.worker.slots[True].limit = 100  # its durable_concurrency
+
+    async def has_let_go() -> bool:  # the rows are suspended first, and then the functions end
+        return not demo.worker.slots[True].running
+
     async with demo.working():
         rows = [holds(demo, 0)]
         for number, more in ((100, 100), (2000, 1900)):
             await enqueue_reviews(demo, more)
             await wait_for_count(demo, "ask_for_review", "SUSPENDED", number)
+            await wait_until(has_let_go, "the worker has let go of them", seconds=60)
             rows.append(holds(demo, number))
         show("what the worker holds:", rows)
         show("the rows:", await counts(demo))
@@ -375,10 +380,11 @@ async def breaks(demo: Demo) -> None:
     print("the last order had to be approved twice")
 
 
-async def work(functions: tuple[Any, ...]) -> None:
+async def work(functions: tuple[Any, ...], durable_slots: int) -> None:
     queries = load_queries(LESSON)
     async with open_pool(LESSON) as pool:
         demo = Demo(pool, Shop(pool, queries), queries, functions[0].__name__)
+        demo.worker.slots[True].limit = durable_slots  # its durable_concurrency
         for function in functions:
             demo.worker.register(function.__name__, function)
         await demo.enqueue(functions[0].__name__, None, is_durable=True)
@@ -386,9 +392,9 @@ async def work(functions: tuple[Any, ...]) -> None:
             await demo.wait_until(all_finished, "all tasks have finished")
 
 
-def experiment(*functions: Any) -> None:
+def experiment(*functions: Any, durable_slots: int = 1000) -> None:
     """For trials: let a worker run the first as a durable task, until all has finished."""
-    run(work(functions))
+    run(work(functions, durable_slots))
 
 
 async def main(flags: argparse.Namespace) -> None:

@@ -200,7 +200,7 @@ class DurableContext:
             is_idle = asyncio.get_running_loop().time() >= self._last_news + idle
             if self._ended or self._starting or not self._waiting or not is_idle:
                 return
-            ids = list(self._waiting)  # once: a call that gets on while we try again is news
+            ids = list(self._waiting)  # once: a child that ends while we try again stays in it
             if outcome := await keep_trying(lambda: self._let_go(ids)):
                 self._ended = True
                 self.left.set_result(outcome)
