@@ -408,8 +408,8 @@ VALUES (:task_id, :event_id, :kind, :key, :child_task_id, :branch_id)
 RETURNING *;
 
 -- name: start_steps(rows)
--- New events of tasks that this worker runs, with their children, whose ids are drawn first to have
--- them for both. The log needs no look: an event that it has already makes all of this fail.
+-- New steps of tasks that this worker runs. Each is an event and a child, whose id both need: so it
+-- is drawn first. If the log has one of the events already, the whole statement fails.
 WITH step AS (
     SELECT new.*, queue, priority, branch_id,
         nextval(pg_get_serial_sequence('tasks', 'id')) AS child_id
