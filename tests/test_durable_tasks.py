@@ -749,7 +749,7 @@ async def test_a_context_ends_with_its_attempt(lab: Lab) -> None:
     with pytest.raises(RuntimeError, match="ended"):
         await coroutine
     with pytest.raises(RuntimeError, match="ended"):
-        await context.run_task("step", "late")
+        context.run_task("step", "late")  # the call, before anybody awaits it
     assert len(await lab.tasks()) == 1
 
 
@@ -984,6 +984,18 @@ REFUSED_BY_DOMAINS: list[dict[str, Any]] = [
     {"timeout": timedelta.max},
     {"timeout": timedelta(seconds=-1)},
 ]
+
+
+async def test_a_function_may_go_on_from_a_refused_step(lab: Lab) -> None:
+    """Only non-determinism ends an attempt for good."""
+
+    async def parent(context: Any, input: Any) -> Any:
+        with suppress(psycopg.DataError):
+            await context.run_task("NUL \0", None)
+        return await context.run_task("step", "after")
+
+    row = await lab.run(parent)
+    assert (row["status"], row["output"], row["attempt"]) == ("COMPLETED", "after", 1)
 
 
 async def test_rubbish_given_to_run_task_fails_that_task_and_no_other(lab: Lab) -> None:

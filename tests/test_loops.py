@@ -103,6 +103,61 @@ async def test_a_claim_that_fails_while_more_tasks_wait_is_tried_again_but_seldo
     assert 1 <= tries <= 2 * (1 + seconds / 0.5)
 
 
+class FailsOnce(Spied):
+    """One of the queries fails when it is asked for the first time."""
+
+    def __init__(self, queries: Any, failing: str) -> None:
+        super().__init__(queries)
+        self.failing = failing
+        self.asked = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self.failing:
+            self.asked += 1
+            if self.asked == 1:
+                raise psycopg.OperationalError("the database system is shutting down")
+        return super().__getattr__(name)
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["expire_tasks", "requeue_lost_tasks", "delete_inactive_workers", "get_finished_tasks"],
+)
+async def test_an_outage_ends_none_of_the_loops(
+    lesson: Any, pool: Pool, queries: Any, query: str
+) -> None:
+    """Nor any other: they are in one task group. Connections are cut too seldom just there."""
+
+    async def step(input: Any) -> Any:
+        await wait_for(lambda: spied.asked > 0, "it has failed")
+        return "done"
+
+    async def parent(context: Any, input: Any) -> Any:
+        return await context.run_task("step", None)
+
+    spied = FailsOnce(queries, query)
+    id = await enqueue(pool, "parent", is_durable=True)
+    async with working(make_worker(lesson, pool, spied, parent, step, **QUICK)) as start:
+        row = await finished(pool, id)
+        await wait_for(lambda: spied.asked > 1, "it is asked again")
+        assert not start.done()
+    assert (row["output"], row["attempt"]) == ("done", 1)
+
+
+@pytest.mark.parametrize("is_registered", [False, True])
+async def test_a_first_beat_is_in_touch_only_with_one_whose_answer_got_lost(
+    lesson: Any, pool: Pool, queries: Any, is_registered: bool
+) -> None:
+    settings = QUICK | {"HEARTBEAT_INTERVAL": 3600.0, "INACTIVE_AFTER": 36000.0}
+    worker = make_worker(lesson, pool, queries, **settings)
+    if is_registered:
+        beat = "INSERT INTO workers (id, display_name) VALUES (%s, 'us')"
+        await execute(pool, beat, worker.id)
+    async with working(worker):
+        await wait_for(lambda: worker.heartbeat.last, "the heart beats")
+    assert worker.heartbeat.last.in_touch == is_registered
+
+
 class CountsBeats(Spied):
     """Heartbeats are counted, and how many there were at the first look after the others."""
 

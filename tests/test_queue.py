@@ -661,7 +661,7 @@ async def test_a_task_that_timed_out_has_cleaned_up_before_its_next_attempt(
 @pytest.mark.only(10, LAST)
 @pytest.mark.flaw(9, reason="a function that ignores its cancellation keeps its slot for ever")
 async def test_a_function_that_never_ends_is_abandoned_after_its_timeout(
-    lesson: Any, pool: Pool, queries: Any
+    lesson: Any, pool: Pool, queries: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its slot comes free: the worker goes on with one slot."""
     gate = Gate()
@@ -671,10 +671,15 @@ async def test_a_function_that_never_ends_is_abandoned_after_its_timeout(
             with suppress(asyncio.CancelledError):
                 await gate.open.wait()
 
+    async def obedient(input: Any) -> Any:
+        await asyncio.sleep(NO_TICK)
+
+    obedient_id = await enqueue(pool, "obedient", timeout=timedelta(milliseconds=50))
     id = await enqueue(pool, "endless", timeout=timedelta(milliseconds=50))
     next_id = await enqueue(pool, "echo", "next")
-    settings = {"concurrency": 1, "SHUTDOWN_GRACE": 0.1}
-    async with working(make_worker(lesson, pool, queries, endless, echo, **settings)):
+    settings = {"concurrency": 1, "SHUTDOWN_GRACE": 0.5}
+    worker = make_worker(lesson, pool, queries, obedient, endless, echo, **settings)
+    async with working(worker):
         try:
             seconds = DEADLINE if lesson.number >= 10 else 2
             await wait_for(lambda: is_completed(pool, next_id), "the slot is free", seconds)
@@ -683,6 +688,8 @@ async def test_a_function_that_never_ends_is_abandoned_after_its_timeout(
         row = await finished(pool, id)
     assert row["status"] == "FAILED"
     assert "timed out after" in row["output"]["error"]
+    assert f"task {id} ignores its cancellation" in caplog.text
+    assert f"task {obedient_id} ignores" not in caplog.text
 
 
 async def is_completed(pool: Pool, id: int) -> bool:
@@ -820,6 +827,8 @@ async def test_each_change_of_a_tasks_state_is_a_line_of_the_log(
     assert lines(failed) == ["1: RUNNING fail", "1: QUEUED", "2: RUNNING fail", "2: FAILED"]
     assert lines(lost) == ["1: QUEUED", "2: RUNNING echo", "2: COMPLETED"]
     assert lines(expired) == ["0: FAILED"]
+    assert f"task {expired}, attempt 0: FAILED, schedule timeout" in caplog.text
+    assert f"task {lost}, attempt 1: QUEUED, its worker is inactive" in caplog.text
     assert "1: is not ours any more" in lines(taken)
     expected = ["1: RUNNING gated", "1: QUEUED"] if lesson.number >= 9 else ["1: RUNNING gated"]
     assert lines(put_back) == expected
