@@ -23,6 +23,9 @@ DESCRIPTIONS: dict[Kind, str] = {
     "embedded": "embedded, in a temporary directory (no TEST_DATABASE_URL, no Docker to use)",
 }
 IMAGE = "postgres:18"
+# The tests kill Postgres, but not the machine it runs on. And several tests with twenty workers
+# each may run at the same time.
+SETTINGS = {"fsync": "off", "max_connections": "300"}
 
 
 def docker_answers() -> bool:
@@ -65,11 +68,6 @@ def running_server(environ: Mapping[str, str]) -> Iterator[tuple[Kind, str]]:
                 kind = "embedded"
         if kind == "embedded":
             url = stack.enter_context(embedded_server())
-        if kind != "TEST_DATABASE_URL":
-            with psycopg.connect(url, autocommit=True) as conn:
-                # The tests kill Postgres, but not the machine it runs on.
-                conn.execute("ALTER SYSTEM SET fsync = off")
-                conn.execute("SELECT pg_reload_conf()")
         yield kind, url
 
 
@@ -78,7 +76,8 @@ def container() -> Iterator[str]:
     """The URL of a server in a container."""
     from testcontainers.community.postgres import PostgresContainer
 
-    with PostgresContainer(IMAGE, driver=None) as container:
+    command = ["postgres", *(f"--{name}={value}" for name, value in SETTINGS.items())]
+    with PostgresContainer(IMAGE, driver=None).with_command(command) as container:
         yield container.get_connection_url()
 
 
@@ -91,6 +90,10 @@ def embedded_server() -> Iterator[str]:
         server = EmbeddedPostgres(Path(directory))
         url = server.start()
         try:
+            with psycopg.connect(url, autocommit=True) as conn:
+                for name, value in SETTINGS.items():
+                    conn.execute(f"ALTER SYSTEM SET {name} = {value}".encode())
+            server.restart()
             yield url
         finally:
             server.stop()

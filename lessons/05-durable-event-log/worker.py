@@ -95,7 +95,7 @@ class Worker:
             await self._complete(task, output)
         except (Exception, asyncio.CancelledError) as error:
             if run.cancelling():
-                return  # the whole worker is: the row stays RUNNING until others take it
+                return  # the worker is ending: the row stays RUNNING until others take it
             if deadline.expired():
                 await self._fail(task, TimeoutError(f"timed out after {task.timeout}"))
             else:  # if it is a TimeoutError, then one of the function's own

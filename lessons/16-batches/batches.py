@@ -17,7 +17,7 @@ Answer = asyncio.Future[Row | None]
 class Batches:
     """Rows that go to the database together, as one JSON document."""
 
-    query: str  # the name of the statement, whose own rows say by `ordinality` what they answer
+    query: str  # the name of the statement; `ordinality` in its rows says which row is answered
 
     def __init__(self, pool: Pool, queries: Queries) -> None:
         self.pool = pool

@@ -14,7 +14,8 @@ class Outcomes(Batches):
     async def write(self, task: Task, status: str, output: object) -> bool:
         """Write how an attempt ended, however long that takes; return whether the task was ours.
 
-        It is not any more if an earlier answer got lost. Raises what is wrong with the output.
+        False, too, if it was written before and the answer got lost. Raises what is wrong with the
+        output.
         """
         # Shielded: what has ended when the worker is stopped is written all the same.
         return await asyncio.shield(self.put(task, status=status, output=output)) is not None

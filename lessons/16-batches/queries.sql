@@ -153,7 +153,7 @@ FROM claimed
 ORDER BY priority DESC, id;
 
 -- name: write_outcomes(rows)
--- How attempts ended, but for those that have lost their task. QUEUED is a failure with retries left.
+-- Write how attempts ended. Who has lost the task is skipped. QUEUED is a failure with retries left.
 -- The lock is that of an UPDATE: with a stronger one finishers of children would wait for parents.
 WITH owned AS (
     SELECT outcome.*

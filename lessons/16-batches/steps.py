@@ -12,8 +12,8 @@ class Steps(Batches):
     async def start(self, task: Task, event_id: int, key: str, child: Row) -> Row | None:
         """Create an event that the log does not have, and its child; return the child's row.
 
-        None means that nothing was created: the task has been taken from us, Postgres refuses the
-        child, or an earlier try has created it, and its answer got lost. The caller has to look.
+        None means that this try has created nothing: the task has been taken from us, Postgres
+        refuses the child, or an earlier try has created it and its answer got lost. Look.
         """
         try:
             seconds = child["timeout"] and child["timeout"].total_seconds()
