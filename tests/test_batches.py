@@ -553,6 +553,21 @@ async def test_the_steps_of_a_fan_out_start_together(lab: BatchLab) -> None:
     assert [child["id"] for child in children] == sorted(child["id"] for child in children)
 
 
+@pytest.mark.parametrize("name", ["\ud83d\ude00", {"step": 1}])
+async def test_a_name_of_which_json_would_make_another_fails_its_order(
+    lab: BatchLab, name: Any
+) -> None:
+    """Two halves of a character, and what is no name at all: nobody could run such a step."""
+
+    async def order(context: Any, input: Any) -> Any:
+        await context.run_task(name, None)
+
+    id = await lab.enqueue(order)
+    row = await lab.finish(id, order)
+    assert row["status"] == "FAILED"
+    assert await lab.children(id) == []
+
+
 async def test_a_step_that_is_started_in_a_batch_has_all_that_it_was_given(lab: BatchLab) -> None:
     given = {"max_retries": 3, "timeout": timedelta(days=1, microseconds=1), "is_durable": True}
 

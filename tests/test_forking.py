@@ -153,7 +153,8 @@ async def test_an_order_can_be_forked_at_each_of_its_events(lab: ForkLab, from_e
 
         lab.is_broken = False
         done = await lab.finish(id, lab.order)
-        assert (done["output"], done["attempt"]) == (["a", "b", "c"], 2)
+        # On a busy machine it may have been suspended meanwhile.
+        assert (done["output"], done["attempt"] > 1) == (["a", "b", "c"], True)
         assert lab.calls == {
             step: 1 if event < from_event else 2 for event, step in enumerate("abc", start=1)
         }

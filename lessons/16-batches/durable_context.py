@@ -161,8 +161,7 @@ class DurableContext:
         """The child of this event: that of an earlier attempt, or a new one."""
         key = event_key(kind, name, input)
         row = self._log.get(event_id)
-        # Only steps go in batches, and only with a name that JSON does not have to change.
-        if row is None and kind == "TASK_STARTED" and isinstance(name, str):
+        if row is None and kind == "TASK_STARTED":  # only steps go in batches
             async with self._appending:  # not while the task is being suspended
                 self._check_not_ended()
                 self._starting += 1
