@@ -66,7 +66,8 @@ async def test_what_fails_at_once_is_tried_again_but_seldom(
         began, before = time.monotonic(), getattr(spied, loop)
         await asyncio.sleep(1.2)
         tries, seconds = getattr(spied, loop) - before, time.monotonic() - began
-    assert 1 <= tries <= 2 * (1 + seconds / 0.5)  # twice: there are two loops that poll
+    # Twice: there are two loops that poll. Once more: they look when the worker begins to listen.
+    assert 1 <= tries <= 2 * (2 + seconds / 0.5)
 
 
 class FailsAfterOne(Spied):
@@ -141,7 +142,7 @@ async def test_an_outage_ends_none_of_the_loops(
         row = await finished(pool, id)
         await wait_for(lambda: spied.asked > 1, "it is asked again")
         assert not start.done()
-    assert (row["output"], row["attempt"]) == ("done", 1)
+    assert row["output"] == "done"  # on a slow machine in attempt 2, after a suspension
 
 
 @pytest.mark.parametrize("is_registered", [False, True])
