@@ -40,7 +40,7 @@ function card(worker, { lesson, database }, late) {
     worker.error && el("pre", { tabindex: "0", "aria-label": "its last words" }, worker.error),
     lesson.inactive_after != null &&
       pulse(worker, lesson.inactive_after, late, database.state !== "up"),
-    worker.state !== "dead" && worker.slots && slots(worker.slots),
+    worker.state !== "dead" && worker.slots && slots(worker),
     (worker.state !== "dead" && worker.held ? worker.held : []).map(heldAt),
     worker.state !== "dead" && buttons(worker),
   );
@@ -87,14 +87,15 @@ function pulse(worker, limit, late, isAway) {
   );
 }
 
-function slots(slots) {
+function slots({ slots, state }) {
+  const since = state === "frozen" ? ", when it was frozen" : "";
   return el(
     "div",
     { class: "slots" },
     Object.entries(slots).flatMap(([kind, [used, limit]]) => [
       el("span", {}, `${kind} slots`),
       bar(used, limit),
-      el("span", {}, `${used} of ${limit}`),
+      el("span", {}, `${used} of ${limit}${since}`),
     ]),
   );
 }
