@@ -71,14 +71,24 @@ def running_server(environ: Mapping[str, str]) -> Iterator[tuple[Kind, str]]:
         yield kind, url
 
 
+def configure(url: str) -> None:
+    """Give a server the settings of the tests. It has to be restarted afterwards."""
+    with psycopg.connect(url, autocommit=True) as conn:
+        for name, value in SETTINGS.items():
+            conn.execute(f"ALTER SYSTEM SET {name} = {value}".encode())
+
+
 @contextmanager
 def container() -> Iterator[str]:
     """The URL of a server in a container."""
     from testcontainers.community.postgres import PostgresContainer
+    from testcontainers.core.wait_strategies import ExecWaitStrategy
 
-    command = ["postgres", *(f"--{name}={value}" for name, value in SETTINGS.items())]
-    with PostgresContainer(IMAGE, driver=None).with_command(command) as container:
-        yield container.get_connection_url()
+    with PostgresContainer(IMAGE, driver=None) as container:
+        configure(container.get_connection_url())
+        container.get_wrapped_container().restart()
+        ExecWaitStrategy(["pg_isready", "-h", "127.0.0.1"]).wait_until_ready(container)
+        yield container.get_connection_url()  # its port is another one now
 
 
 @contextmanager
@@ -90,9 +100,7 @@ def embedded_server() -> Iterator[str]:
         server = EmbeddedPostgres(Path(directory))
         url = server.start()
         try:
-            with psycopg.connect(url, autocommit=True) as conn:
-                for name, value in SETTINGS.items():
-                    conn.execute(f"ALTER SYSTEM SET {name} = {value}".encode())
+            configure(url)
             server.restart()
             yield url
         finally:
