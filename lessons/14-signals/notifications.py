@@ -43,7 +43,7 @@ class Notifications:
                 async with await open_connection(self.pool) as conn:
                     await self.queries.listen(conn)
                     topic = await self.queries.get_topic(conn, queue=queue)
-                    # Only now: we are told what commits from here on; this look finds the rest.
+                    # After LISTEN: what commits from now on we are told; this look finds the rest.
                     self._tasks_may_wait()
                     self.children.any_may_have_ended()
                     async for notification in conn.notifies():

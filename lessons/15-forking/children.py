@@ -32,12 +32,12 @@ class Children:
             del self._waiting[finished]
 
     def may_have_ended(self, id: int) -> None:
-        """Ask for this task at once, if anybody waits for it."""
+        """Have this task asked for at once, if anybody waits for it."""
         self._news_of.add(id)
         self._news.set()
 
     def any_may_have_ended(self) -> None:
-        """Ask for all of them at once."""
+        """Have all of them asked for at once."""
         self._news_of.update(self._waiting.values())
         self._news.set()
 
