@@ -153,7 +153,7 @@ class Worker:
                 return  # the worker is ending: the row stays RUNNING until others take it
             if deadline.expired():
                 await self._fail(task, TimeoutError(f"timed out after {task.timeout}"))
-            else:  # if it is a TimeoutError, then one of the function's own
+            else:  # a TimeoutError that arrives here is the function's own
                 await self._fail(task, error)
 
     async def _call(self, task: Task, context: DurableContext) -> Any:
