@@ -226,7 +226,8 @@ async def test_nested_durable_tasks_finish_with_one_slot_for_plain_ones(lab: Lab
         assert [(await finished(lab.pool, id))["output"] for id in ids] == [4, 4, 4]
         row = await finished(lab.pool, wide)
     assert row["output"] == [1 + n % 3 for n in range(20)]
-    assert {task["attempt"] for task in await lab.tasks()} == {1}
+    if lab.lesson.number < 13:  # from then on a slow machine may suspend one
+        assert {task["attempt"] for task in await lab.tasks()} == {1}
 
 
 @pytest.mark.since(13)

@@ -88,7 +88,7 @@ function pulse(worker, limit, late, isAway) {
 }
 
 function slots({ slots, state }) {
-  const since = state === "frozen" ? ", when it was frozen" : "";
+  const since = state === "frozen" ? ", as it last said" : "";
   return el(
     "div",
     { class: "slots" },
