@@ -1,6 +1,7 @@
 """A live view of one lesson's tables in the terminal. It only reads."""
 
 import asyncio
+import sys
 
 import psycopg
 from rich.box import SIMPLE_HEAD
@@ -82,11 +83,10 @@ async def watch(schema: str) -> None:
         if not await existing_columns(conn, schema):
             raise SystemExit(f"There is no schema {schema} with tables: has that lesson been run?")
         view = await snapshot(conn, schema)
-    console = Console()
-    if not console.is_terminal:
+    if not sys.stdout.isatty():
         Console(width=WIDTH).print(view)
         return
-    with Live(view, console=console, auto_refresh=False) as live:
+    with Live(view, auto_refresh=False) as live:
         while True:
             await asyncio.sleep(INTERVAL)
             try:

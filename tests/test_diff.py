@@ -1,5 +1,6 @@
 """python -m shared diff: two lessons side by side."""
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from lesson_loader import all_lessons
 from programs import run_program
-from shared.diff import compare
+from shared.diff import WIDTH, compare
 from shared.lessons import find_lesson
 
 SIDES = ["left", "right"]
@@ -86,9 +87,18 @@ def test_words_that_changed_are_marked_and_the_rest_is_folded(tmp_path: Path) ->
     assert ("compute", "n") in [(text, kind) for text, kind, _ in changed["right"]["spans"]]
 
 
+CODE = "from shared.__main__ import main; main(['diff', *sys.argv[1:]])"
+
+
+def test_it_keeps_its_width_and_its_colours_for_a_pager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    lines = run_program(CODE, "06", "07").stdout.splitlines()
+    assert any("\x1b[" in line for line in lines)
+    assert max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in lines) == WIDTH
+
+
 def test_the_command_prints_it_and_refuses_in_one_line() -> None:
-    code = "from shared.__main__ import main; main(['diff', *sys.argv[1:]])"
-    outcome = run_program(code, "06", "07")
+    outcome = run_program(CODE, "06", "07")
     assert outcome.status == 0
     assert "children.py (added)" in outcome.stdout
-    assert "There is no lesson 99" in run_program(code, "06", "99").sole_error_line()
+    assert "There is no lesson 99" in run_program(CODE, "06", "99").sole_error_line()

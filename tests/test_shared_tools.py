@@ -140,6 +140,13 @@ def test_watch_shows_once_what_there_is_where_there_is_no_terminal(tasks: None) 
     assert "workers" not in end.stdout
 
 
+def test_watch_ends_without_a_terminal_whatever_colours_are_wanted(
+    tasks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "99 QUEUED, 1 RUNNING" in tool("watch", "2").stdout
+
+
 def test_watch_follows_changes_until_ctrl_c(tasks: None, database: str) -> None:
     with tool_in_terminal("watch", "02") as (process, terminal):
         read_until(terminal, "newest")
