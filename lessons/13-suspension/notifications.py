@@ -44,16 +44,16 @@ class Notifications:
                     await self.queries.listen(conn)
                     topic = await self.queries.get_topic(conn, queue=queue)
                     # After LISTEN: what commits from now on we are told; this look finds the rest.
-                    self._tasks_may_wait()
+                    self._look_for_tasks()
                     self.children.any_may_have_ended()
                     async for notification in conn.notifies():
                         if notification.payload == topic["topic"]:
-                            self._tasks_may_wait()
+                            self._look_for_tasks()
                         elif notification.payload == str(self.worker_id):
                             self.children.any_may_have_ended()
             await asyncio.sleep(LISTEN_AGAIN)
 
-    def _tasks_may_wait(self) -> None:
+    def _look_for_tasks(self) -> None:
         for slots in self.slots:
             slots.news()
 
