@@ -27,10 +27,11 @@ class Batches:
         self._in_flight = asyncio.Lock()
 
     def put(self, task: Task, **columns: Any) -> Answer:
-        """Have a row on this attempt sent with the next statement; await what comes back for it.
+        """Let the next statement carry a row about this attempt; await its answer.
 
-        None if nothing does, an error if this row is at fault. If the answer is cancelled before,
-        the row is left out. Raises what is wrong with a value that is not JSON.
+        The answer is None if the statement skips the row, and an error if the row is at fault. If
+        the answer is cancelled before the row is sent, the row is left out. Raises ValueError or
+        TypeError for a value that is not JSON.
         """
         owner = f'"id": {task.id}, "worker_id": "{task.worker_id}", "attempt": {task.attempt}'
         row = ", ".join(f'"{name}": {dumps(value)}' for name, value in columns.items())

@@ -154,7 +154,7 @@ ORDER BY priority DESC, id;
 
 -- name: write_outcomes(rows)
 -- Write how attempts ended. Who has lost the task is skipped. QUEUED is a failure with retries left.
--- The lock is that of an UPDATE: with a stronger one finishers of children would wait for parents.
+-- The lock is that of an UPDATE. A stronger one would hold up whoever finishes a child of these.
 WITH owned AS (
     SELECT outcome.*
     FROM ROWS FROM (jsonb_to_recordset(:rows) AS (

@@ -21,4 +21,5 @@ class Steps(Batches):
             columns = child | {"input": child["input"].obj, "timeout": seconds}
             return await self.put(task, event_id=event_id, key=key, **columns)
         except Exception:
+            # Whatever it is: `_start_child` comes next, and finds the child or the right error.
             return None
