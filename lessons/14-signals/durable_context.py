@@ -45,7 +45,7 @@ class DurableContext:
         self.left = asyncio.get_running_loop().create_future()  # done when the row is let go
         self._slots = slots
         self._waiting: set[int] = set()  # children that calls wait for
-        self._last_news = 0.0  # when a call got on, by the clock of the event loop
+        self._last_progress = 0.0  # when a call got on, by the clock of the event loop
         self._callers: WeakSet[asyncio.Task[Any]] = WeakSet()  # those that have started a step
         self._ended = False
         self._non_determinism: NonDeterminismError | None = None
@@ -145,7 +145,7 @@ class DurableContext:
         except NonDeterminismError as error:
             self._non_determinism = error
             raise
-        self._last_news = asyncio.get_running_loop().time()
+        self._last_progress = asyncio.get_running_loop().time()
         if child.status not in ("COMPLETED", "FAILED"):
             child = await self._wait_for(child)
         if child.status == "FAILED":
@@ -166,7 +166,7 @@ class DurableContext:
                 return await self.children.wait_for(child)
         finally:
             self._waiting.remove(child.id)
-            self._last_news = asyncio.get_running_loop().time()
+            self._last_progress = asyncio.get_running_loop().time()
 
     async def suspend_when_idle(self, idle: float) -> None:
         """Suspend the task when for `idle` seconds no call has got on. Returns when it is gone."""
@@ -178,7 +178,7 @@ class DurableContext:
         """Let go of the row, and so of the slot, if calls wait, and none has got on for so long."""
         # No event is added meanwhile, so `_waiting` is complete.
         async with self._appending:
-            is_idle = asyncio.get_running_loop().time() >= self._last_news + idle
+            is_idle = asyncio.get_running_loop().time() >= self._last_progress + idle
             if self._ended or not self._waiting or not is_idle:
                 return
             ids = list(self._waiting)  # once: a child that ends while we try again stays in it
