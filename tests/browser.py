@@ -1,6 +1,7 @@
 """The browser that the machine has, driven by Playwright. Nothing is downloaded."""
 
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,9 @@ def running_browser() -> Iterator[Browser | None]:
     Raises playwright.sync_api.Error if there is one that does not start.
     """
     path = next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None and sys.platform == "linux":
+        yield None  # without Playwright's driver, which lacks libraries where no browser is
+        return
     with sync_playwright() as playwright:
         browser = start(playwright, path) if path else start_chrome(playwright)
         yield browser

@@ -71,7 +71,9 @@ def test_every_lesson_runs_and_shows_what_it_has(lesson: Lesson, database: str) 
         id, page = start_order(lab)
         page.until(lambda: is_finished(page), "the order is completed")
         state = page.state
-        assert ends(state["chosen"]["lanes"]) == ["COMPLETED"]
+        *suspended, last = ends(state["chosen"]["lanes"])
+        assert (set(suspended), last) in [(set(), "COMPLETED"), ({"SUSPENDED"}, "COMPLETED")]
+        assert lesson.number >= 13 or not suspended  # then a slow machine may suspend an order
         assert state["chosen"]["lanes"][0]["worker_key"] == "A"
         assert state["tasks"][0]["id"] == id
         assert ("payments" in state["chosen"]) == (lesson.number >= 4)

@@ -318,7 +318,9 @@ def test_a_fault_of_the_lesson_is_shown(browser: Browser, database: str, tmp_pat
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a script is no program there")
-def test_a_browser_that_does_not_start_is_no_reason_to_skip(tmp_path: Path) -> None:
+def test_a_browser_that_does_not_start_is_no_reason_to_skip(
+    browser: Browser, tmp_path: Path
+) -> None:
     program = tmp_path / "chromium"
     program.write_text(f"#!/bin/sh\necho started >> {tmp_path / 'starts'}\nexit 1\n")
     program.chmod(0o755)
