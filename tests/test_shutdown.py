@@ -195,6 +195,42 @@ async def test_a_second_cancellation_while_functions_tidy_up_puts_their_tasks_ba
     end.set()
 
 
+@pytest.mark.parametrize("is_durable", [False, True])
+async def test_the_heart_beats_on_while_functions_tidy_up(
+    is_durable: bool, lesson: Any, pool: Pool, queries: Any
+) -> None:
+    """Also after a cancellation, which gives no grace."""
+    started, tidying, end = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def tidy(*arguments: Any) -> None:
+        try:
+            started.set()
+            await asyncio.sleep(FOR_EVER)
+        finally:
+            tidying.set()
+            await end.wait()
+
+    async def last_heartbeat() -> Any:
+        (row,) = await execute(pool, "SELECT last_heartbeat_at FROM workers")
+        return row["last_heartbeat_at"]
+
+    id = await enqueue(pool, "tidy", is_durable=is_durable)
+    worker = make_worker(lesson, pool, queries, tidy, **QUICK, SHUTDOWN_GRACE=DEADLINE)
+    start = asyncio.create_task(worker.start(QUEUE))
+    await started.wait()
+    start.cancel()
+    await tidying.wait()
+    before = await last_heartbeat()
+
+    async def has_beaten() -> bool:
+        return bool(await last_heartbeat() > before)
+
+    await wait_for(has_beaten, "another heartbeat", DEADLINE / 2)
+    end.set()
+    await asyncio.wait({start}, timeout=DEADLINE)
+    await check_put_back(pool, id)
+
+
 async def test_a_signal_lets_start_return(lesson: Any, pool: Pool, queries: Any) -> None:
     """At once, not after the next poll. And the handlers of before are back."""
 
