@@ -194,7 +194,7 @@ class DurableContext:
             )
             if owned is None:
                 return "is not ours any more"
-            # In one statement with the lock, we would see the children as they were before a wait.
+            # Not in the statement that locks: it sees the children as they were before it waited.
             is_suspended = await self.queries.suspend_task(conn, id=self.task_id, ids=ids)
         return "SUSPENDED" if is_suspended else None
 
