@@ -32,11 +32,12 @@ async def call(
     finally:
         in_time = running.done()
         # First the context: what is cancelled must not start further steps.
-        left = {each for each in {running, *context.end()} if not each.done()}
-        for each in left:
+        ours = {running, *context.end()}
+        unfinished = {each for each in ours if not each.done()}
+        for each in unfinished:
             each.cancel()
-        if left:
-            _, ignoring = await asyncio.wait(left, timeout=grace)
+        if unfinished:
+            _, ignoring = await asyncio.wait(unfinished, timeout=grace)
             if ignoring:
                 log.warning("task %d ignores its cancellation, and is left behind", context.task_id)
     if not in_time:
