@@ -1,7 +1,6 @@
 """What the demos need: waiting for a state of the database, and showing rows."""
 
 import asyncio
-import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -30,4 +29,4 @@ def show(title: str, rows: Sequence[Any], columns: str = "") -> None:
         table.add_row(*(Text("" if row[name] is None else str(row[name])) for name in names))
     print(f"\n{title}", flush=True)
     # Without a terminal rich would assume one of 80 columns.
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Console(width=None if Console().file.isatty() else 120).print(table)

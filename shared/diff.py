@@ -1,7 +1,6 @@
 """Two lessons side by side: what has changed, in the order in which the README recommends it."""
 
 import re
-import sys
 from collections.abc import Iterator
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -212,7 +211,7 @@ def coloured(name: str, text: str) -> Iterator[list[Span]]:
 
 def show(old: Path, new: Path) -> None:
     """Print the differences in the terminal."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)  # whatever FORCE_COLOR says
+    console = Console(width=None if Console().file.isatty() else WIDTH)  # whatever FORCE_COLOR says
     result = compare(old, new)
     for file in result["files"]:
         table = Table(box=MINIMAL, title=f"{file['name']} ({file['state']})", show_header=False)

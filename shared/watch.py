@@ -1,7 +1,6 @@
 """A live view of one lesson's tables in the terminal. It only reads."""
 
 import asyncio
-import sys
 
 import psycopg
 from rich.box import SIMPLE_HEAD
@@ -83,7 +82,7 @@ async def watch(schema: str) -> None:
         if not await existing_columns(conn, schema):
             raise SystemExit(f"There is no schema {schema} with tables: has that lesson been run?")
         view = await snapshot(conn, schema)
-    if not sys.stdout.isatty():
+    if not Console().file.isatty():  # whatever FORCE_COLOR says
         Console(width=WIDTH).print(view)
         return
     with Live(view, auto_refresh=False) as live:

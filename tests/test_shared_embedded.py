@@ -237,7 +237,7 @@ def test_the_environment_may_be_about_another_server(
         async def main():
             path = Path(sys.argv[1])
             async with open_pool(path) as pool, pool.connection() as conn:
-                print(shared.__file__, (await load_queries(path).one(conn))["one"])
+                print(Path(shared.__file__).resolve(), (await load_queries(path).one(conn))["one"])
 
         from pathlib import Path
         run(main())
@@ -245,7 +245,7 @@ def test_the_environment_may_be_about_another_server(
         small_lesson(place),
     )
     assert (end.status, end.stderr) == (0, "")
-    assert end.stdout == f"{repository / 'shared' / '__init__.py'} 1\n"
+    assert end.stdout == f"{(repository / 'shared' / '__init__.py').resolve()} 1\n"
     psql = [sys.executable, "-m", "shared", "psql", "7", "-XAtc", "SELECT count(*) FROM notes"]
     result = subprocess.run(psql, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     # Debian's psql, a program in Perl, complains of the locale.
