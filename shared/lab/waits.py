@@ -1,10 +1,13 @@
 """Scenes of orders that wait: lessons 12 to 15."""
 
+import asyncio
+
 from shared.lab.crashes import Steps
 from shared.lab.hand import Hand
 from shared.lab.step import Rows, Step, enqueue_order, finished, payments, status, tasks
 
 ASLEEP = 8  # seconds; longer than it takes to notice that a worker is dead
+APART = 1.0  # seconds between two things, for the picture to show which was first
 
 
 async def slept_through(lab: Hand) -> Steps:
@@ -60,6 +63,7 @@ async def nobodys(lab: Hand) -> Steps:
     await lab.until(asleep, {}, "the order sleeps")
     suspended = "SELECT status = 'SUSPENDED' FROM tasks WHERE id = %(id)s"
     await lab.until(suspended, slept, "the order is suspended")
+    await asyncio.sleep(APART)
     await lab.kill(worker)
     choices = ["Yes, after five seconds", "No, it was nobody's when A died"]
     yield Step(
