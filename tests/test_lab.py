@@ -18,6 +18,7 @@ from lab_process import DEADLINE, LabProcess, Page, Refused, open_lab
 from lesson_loader import LESSONS, Lesson
 from programs import run_program
 from shared.embedded import EmbeddedPostgres
+from shared.lab.record import Record
 from shared.lessons import find_lesson
 
 LATEST = max(LESSONS.glob("[0-9][0-9]-*"))
@@ -135,6 +136,19 @@ def test_a_frozen_worker_is_fenced_off_when_it_comes_back(lab: LabProcess) -> No
     page.until(lambda: ends(page.state["chosen"]["lanes"]) == lanes, "it is fenced off")
     assert page.worker("A")["state"] == "alive"
     assert len(page.state["chosen"]["payments"]) == 1
+
+
+def test_what_befalls_a_worker_is_news_to_what_it_has_let_go_of() -> None:
+    record = Record()
+    record.say("start", "started worker A", "A")
+    record.hear("A", "10:00:00.000 INFO     worker vm:1, task 7, attempt 1: RUNNING process_order")
+    record.hear("A", "10:00:01.000 INFO     worker vm:1, task 7, attempt 1: SUSPENDED")
+    record.say("kill", "killed worker A", "A")
+    record.ended("A", 1.0)
+    record.say("start", "started worker A", "A")  # its letter is free again
+    record.say("kill", "killed another worker A", "A")
+    texts = [each["text"] for each in record.moments_of([7]) if each["what"] == "kill"]
+    assert texts == ["killed worker A"]
 
 
 def test_sigterm_and_cut_connections(database: str) -> None:

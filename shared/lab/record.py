@@ -106,8 +106,14 @@ class Record:
 
     def _of(self, worker: str) -> set[int]:
         """What runs on a worker, and what it has let go of: that this leaves alone is news, too."""
+        starts = [m.at for m in self.moments if (m.what, m.worker_key) == ("start", worker)]
         last = ((id, lanes[-1]) for id, lanes in self._lanes.items())
-        let_go = {id for id, x in last if x.worker_key == worker and x.end == "SUSPENDED"}
+        let_go = {
+            id
+            for id, lane in last
+            if (lane.worker_key, lane.end) == (worker, "SUSPENDED")
+            and lane.start >= max(starts, default=0.0)  # not by an earlier worker of its name
+        }
         return let_go | {id for id, _ in self._running[worker]}
 
     def hear(self, worker: str, line: str) -> None:
