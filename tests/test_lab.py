@@ -18,6 +18,7 @@ from lab_process import DEADLINE, LabProcess, Page, Refused, open_lab
 from lesson_loader import LESSONS, Lesson
 from programs import run_program
 from shared.embedded import EmbeddedPostgres
+from shared.lab.record import Record
 from shared.lessons import find_lesson
 
 LATEST = max(LESSONS.glob("[0-9][0-9]-*"))
@@ -139,6 +140,19 @@ def test_a_frozen_worker_is_fenced_off_when_it_comes_back(lab: LabProcess) -> No
     assert len(page.state["chosen"]["payments"]) == 1
 
 
+def test_what_befalls_a_worker_is_news_to_what_it_has_let_go_of() -> None:
+    record = Record()
+    record.say("start", "started worker A", "A")
+    record.hear("A", "10:00:00.000 INFO     worker vm:1, task 7, attempt 1: RUNNING process_order")
+    record.hear("A", "10:00:01.000 INFO     worker vm:1, task 7, attempt 1: SUSPENDED")
+    record.say("kill", "killed worker A", "A")
+    record.ended("A", 1.0)
+    record.say("start", "started worker A", "A")  # its letter is free again
+    record.say("kill", "killed another worker A", "A")
+    texts = [each["text"] for each in record.moments_of([7]) if each["what"] == "kill"]
+    assert texts == ["killed worker A"]
+
+
 def test_sigterm_and_cut_connections(database: str) -> None:
     with open_lab(LATEST) as lab:
         lab.do("start_worker")
@@ -223,6 +237,7 @@ def test_a_scene_wants_an_empty_queue_and_one_can_empty_it(database: str, number
         lab.do("empty")
         page.until(lambda: not any(page.state["queue"].values()), "the queue is empty")
         page.until(lambda: page.state["workers"] == [], "and no worker runs")
+        page.until(lambda: page.log[-1].get("what") == "reset", "the log says so")
         lab.do("scene", name=scene)
         page.until(lambda: page.state["scene"] and page.state["scene"]["name"] == scene, "begun")
 
@@ -274,23 +289,53 @@ def test_a_worker_that_comes_back_is_refused_a_step(database: str, number: str) 
         page = lab.open_page()
         steps = play(lab, page, "frozen")
         assert steps[-1]["answer"]["right"] == "One", "one email"
-        assert len(steps[-1]["rows"]["rows"]) == 1, "one payment"
+        emails = [
+            row["attempt"] for row in steps[-1]["rows"]["rows"] if "email" in row["task_name"]
+        ]
+        assert emails == [1], "of which the table speaks, too"
+        order = lab.open_page(steps[-1]["rows"]["rows"][0]["id"])
+        order.until(lambda: order.state["chosen"], "the order is shown")
+        assert len(order.state["chosen"]["payments"]) == 1
         assert "TaskNotOwnedError" in steps[-1]["sentence"]
 
 
-def test_orders_that_run_or_failed_are_listed_before_those_that_wait(lab: LabProcess) -> None:
+def test_a_frozen_worker_has_told_what_slots_are_taken(lab: LabProcess) -> None:
+    page = lab.open_page()
+    lab.do("scene", name="frozen")
+    lab.do("scene_next")
+    page.until(lambda: page.worker("A").get("state") == "frozen", "it is frozen at a gate")
+    assert page.worker("A")["slots"] == {"plain": [1, 10], "durable": [1, 20]}
+
+
+def test_told_to_stop_shows_who_had_what_at_that_time(database: str) -> None:
+    with open_lab("09") as lab:
+        last = play(lab, lab.open_page(), "stop")[-1]
+        assert "parcel" in last["rows"]["title"]
+        order, *_, parcel = last["rows"]["rows"]
+        assert order["attempt"] == 2
+        assert (parcel["task_name"], parcel["status"], parcel["attempt"]) == (
+            "pack_parcel",
+            "RUNNING",
+            1,
+        )
+
+
+def test_what_the_list_never_leaves_out(lab: LabProcess) -> None:
     page = lab.open_page()
     lab.do("start_worker")
-    failed, _ = start_order(lab, "failing_order")
-    page.until(lambda: page.state["queue"]["FAILED"], "it has failed")
-    slow, _ = start_order(lab, "slow_order")
-    page.until(lambda: page.state["queue"]["RUNNING"] >= 2, "order and step run")
-    lab.do("kill", worker="A")  # it stays RUNNING, since nobody takes it over
+    failed = lab.do("enqueue", kind="failing_order")["first"]
+    page.until(lambda: page.state["queue"]["FAILED"] == 2, "email and order have failed")
+    lab.do("kill", worker="A")
     lab.do("enqueue", count=100)
-    page.until(lambda: page.state["queue"]["QUEUED"] == 100, "all are shown")
-    ids = [task["id"] for task in page.state["tasks"]]
-    assert len(ids) == 30
-    assert ids[:2] == [slow, failed]
+    lab.do("start_worker", concurrency=0, durable_concurrency=40)  # the orders wait for their steps
+    page.until(lambda: page.state["queue"]["RUNNING"] == 40, "more run than are listed")
+    looked_at = failed + 90  # it waits, and there are newer ones
+    lab.open_page(looked_at)
+    page.until(lambda: page.state["tasks"][0]["id"] == looked_at, "what somebody looks at is first")
+    tasks = page.state["tasks"]
+    assert len(tasks) == 30
+    assert tasks[1]["id"] == failed
+    assert {task["status"] for task in tasks[2:]} == {"RUNNING"}
 
 
 def test_only_who_knows_the_token_gets_in(lab: LabProcess) -> None:

@@ -141,7 +141,7 @@ def test_a_failure_is_retried_and_replayed(page: Page) -> None:
     click(page, "Replay")
     expect(page.locator(".extra")).to_contain_text("42, key 2; 42, key 4")
     # The steps of before are nobody's now, and look like none of the reader's orders.
-    expect(page.locator(".tasks li", has_text="left by a replay")).to_have_count(2)
+    expect(page.locator(".tasks li", has_text="left by a replay of 1")).to_have_count(2)
     expect(page.locator(".tasks li", has_text="process_order")).not_to_contain_text("left")
 
 
@@ -345,7 +345,7 @@ def test_a_scene_begins_with_an_empty_picture_and_leads_to_the_next(page: Page) 
     expect(page.get_by_role("article")).to_have_count(0)
     click(page, "Next")
     expect(picture(page)).to_have_accessible_name(re.compile("charge_payment COMPLETED"))
-    click(page, "Nothing")
+    click(page, "None")
     expect(page.locator("#scene caption")).to_have_text(re.compile(r", at \d\d:\d\d:\d\d$"))
     click(page, "Next scene")
     expect(page.get_by_text("Scene 6: Killed after the last step (the fourth")).to_be_visible()
@@ -355,14 +355,78 @@ def test_a_scene_begins_with_an_empty_picture_and_leads_to_the_next(page: Page) 
     expect(page.get_by_text("✓ played")).to_have_count(1)
 
 
+def edges(page: Page, *kinds: str) -> list[list[list[float]]]:
+    """Where the elements of each kind begin and end, in one drawing: the next one may differ."""
+    code = """(chart, kinds) => kinds.map(kind => [...chart.querySelectorAll(kind)].map(one => {
+        const { x, width } = one.getBBox();
+        return [x, x + width];
+    }))"""
+    found: list[list[list[float]]] = picture(page).evaluate(code, kinds)
+    return found
+
+
+def test_a_signal_queues_a_suspended_order(browser: Browser, database: str) -> None:
+    with open_lab("14") as lab, opened(browser, lab) as page:
+        start_worker(page, "A")
+        click(page, "One to approve")
+        expect(status_of_task(page)).to_have_text("SUSPENDED")
+        click(page, "Kill -9: worker A")
+        # What the order has survived is in its picture.
+        expect(picture(page).locator("text", has_text="kill -9 A")).to_be_visible()
+        expect(page.locator(".legend").get_by_text("SUSPENDED: nobody has it")).to_be_visible()
+        expect(page.locator(".legend").get_by_text("SLEEPING")).to_be_visible()
+        click(page, "Send")
+        expect(status_of_task(page)).to_have_text("QUEUED")
+        expect(picture(page).locator("text", has_text="signal")).to_be_visible()
+        (_, signal), ((_, end),), queued = edges(page, ".moment", ".suspended", ".queued")
+        assert abs(end - signal[0]) < 30, "SUSPENDED until the signal comes"
+        assert abs(max(queued)[0] - end) < 2, "and QUEUED from then on"
+
+
+def test_a_sleep_that_nobody_ends_in_time(browser: Browser, database: str) -> None:
+    with open_lab("13") as lab, opened(browser, lab) as page:
+        # What a lesson is about comes first in it.
+        expect(page.locator(".programme li").first).to_contain_text("this lesson's own")
+        click(page, "Killed, and nothing is lost")
+        click(page, "Next")
+        expect(page.locator(".choices")).to_be_visible()
+        expect(picture(page).locator(".due")).to_have_count(1)  # 8 seconds, and nobody runs
+        page.locator(".choices button").last.click()
+        expect(page.locator(".verdict")).to_have_text("Right:")
+        expect(page.locator(".sentence")).to_contain_text("had come while no worker ran")
+        expect(picture(page).locator(".due")).to_have_count(1)
+        expect(page.locator(".legend").get_by_text("its time had come")).to_be_visible()
+
+
+def test_a_fork_and_its_branches(browser: Browser, database: str) -> None:
+    with open_lab("15") as lab, opened(browser, lab) as page:
+        start_worker(page, "A")
+        click(page, "An order")
+        expect(status_of_task(page)).to_have_text("COMPLETED")
+        expect(picture(page).locator("text", has_text="branch")).to_have_count(0)
+        page.locator("[name=event]").fill("2")
+        click(page, "Fork")
+        expect(picture(page)).to_have_accessible_name(
+            re.compile("attempt 2 on worker A: COMPLETED")
+        )
+        for name in ("attempt 1, branch 1", "attempt 2, branch 2"):
+            expect(picture(page).locator("text", has_text=name)).to_be_visible()
+        expect(page.locator(".legend").get_by_text("on a branch that was left")).to_be_visible()
+
+
+def test_two_clicks_are_two_workers(page: Page) -> None:
+    page.get_by_role("button", name="Start a worker").dblclick()
+    expect(page.get_by_role("article")).to_have_count(2)
+
+
 def test_time_in_which_nothing_happens_is_folded(page: Page, lab: LabProcess) -> None:
     start_worker(page, "A")
     click(page, "A slow one")
     expect(picture(page)).to_have_accessible_name(re.compile("charge_payment RUNNING"))
     click(page, "Freeze: worker A")
     expect(picture(page).locator(".stale")).to_have_count(2)  # the order, and its step
-    expect(page.get_by_text("hatched: nobody runs it")).to_be_visible()
-    expect(picture(page).locator(".fold text")).to_have_text(re.compile(r"^\d.* s, folded$"))
+    expect(page.get_by_text("RUNNING, and nobody runs it")).to_be_visible()
+    expect(picture(page).locator(".fold text")).to_have_text(re.compile(r"^\d.* s long, folded$"))
     click(page, "Thaw: worker A")
     expect(status_of_task(page)).to_have_text("COMPLETED")
     expect(picture(page).locator(".fold")).to_have_count(1)

@@ -25,7 +25,10 @@ ALONE = "process_order alone"
 WITH_CHARGE = "process_order and charge_payment"
 WITH_EMAIL = "process_order and send_confirmation_email"
 WITH_ALL = "process_order and charge_payment and send_confirmation_email"
-TAKEN_OVER = "When A's last heartbeat is five seconds old, B takes over what A had."
+# True however long the reader has thought: a worker that is frozen meanwhile has not beaten.
+TAKEN_OVER = (
+    "As soon as B sees a last heartbeat of A that is older than five seconds, it takes over."
+)
 WE_KILL = "When you answer, we kill A and start worker B."
 
 
@@ -218,7 +221,7 @@ async def after_the_charge(lab: Hand) -> Steps:
     said = line_with(lab, "has been charged before", line)
     yield Step(
         "charge_payment was called twice, and asked for a payment twice, under the same key: the "
-        "id of its task. That id was in the log."
+        "id of its task. Both attempts were of the same row, and the log led the order to it."
         + (f" The payment service knew the key already: “{said}”." if said else ""),
         rows=paid,
         right=number(len(paid.rows)),
@@ -237,7 +240,7 @@ async def between_two_steps(lab: Hand) -> Steps:
     yield Step(
         "The charge is COMPLETED, and the order has not asked for the email. " + WE_KILL,
         question=AGAIN,
-        choices=["Nothing", ALONE, WITH_CHARGE],
+        choices=["None", ALONE, WITH_CHARGE],
         rows=await tasks(lab, order),
         meanwhile=TAKEN_OVER,
     )
@@ -262,7 +265,7 @@ async def after_the_last_step(lab: Hand) -> Steps:
     yield Step(
         "Both steps are COMPLETED, and the function is about to return. " + WE_KILL,
         question=AGAIN,
-        choices=["Nothing", ALONE, WITH_EMAIL, WITH_ALL],
+        choices=["None", ALONE, WITH_EMAIL, WITH_ALL],
         rows=await tasks(lab, order),
         meanwhile=TAKEN_OVER,
     )

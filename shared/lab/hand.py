@@ -125,6 +125,7 @@ class Hand:
         await self.stop_all()
         async with await self.connect() as conn:
             await conn.execute("DELETE FROM tasks WHERE queue = %s", [self.queue])
+        self.record.say("reset", "reset the lab: its tasks are gone, and its workers begin with A")
         self.choose(None)
 
     async def clear(self) -> None:

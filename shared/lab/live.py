@@ -104,8 +104,8 @@ class Live:
         """The state, and the tasks that the tabs look at; as they were, if they are away."""
         try:
             conn = await self._connection()
-            base = await self.stage.read(conn)
             ids = {tab.chosen for tab in self.tabs if tab.chosen is not None}
+            base = await self.stage.read(conn, ids)
             chosen = {id: await self.stage.read_chosen(conn, id) for id in ids}
             self.away = None
             self._last = base, chosen

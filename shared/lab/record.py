@@ -99,10 +99,22 @@ class Record:
         at: float | None = None,
     ) -> None:
         """Note what the lab itself did, to a worker, to a task or to all; by default just now."""
-        tasks = {task} if task else {id for id, _ in self._running[worker]} if worker else None
+        tasks = {task} if task else self._of(worker) if worker else None
         self.moments.append(Moment(at or time.time(), what, text, worker, tasks))
         entry = {"worker": "lab", "level": "INFO", "text": text, "task": task, "what": what}
         self._add(entry | {"at": at} if at else entry)
+
+    def _of(self, worker: str) -> set[int]:
+        """What runs on a worker, and what it has let go of: that this leaves alone is news, too."""
+        starts = [m.at for m in self.moments if (m.what, m.worker_key) == ("start", worker)]
+        last = ((id, lanes[-1]) for id, lanes in self._lanes.items())
+        let_go = {
+            id
+            for id, lane in last
+            if (lane.worker_key, lane.end) == (worker, "SUSPENDED")
+            and lane.start >= max(starts, default=0.0)  # not by an earlier worker of its name
+        }
+        return let_go | {id for id, _ in self._running[worker]}
 
     def hear(self, worker: str, line: str) -> None:
         """Note a line that a worker has written."""

@@ -34,11 +34,12 @@ class Scene:
     needs: frozenset[str] | set[str]
     without: frozenset[str] | set[str] = frozenset()
     moment: int | None = None  # of the five that the README of lesson 07 has
+    of: str | None = None  # the lesson that is about it
 
 
 def moment(number: int, name: str, title: str, play: Play) -> Scene:
     """A moment of a crash. An order that is suspended while it waits cannot be lost there."""
-    return Scene(name, title, play, {"durable"}, {"suspension"}, number)
+    return Scene(name, title, play, {"durable"}, {"suspension"}, number, "07")
 
 
 SCENES = [
@@ -48,6 +49,7 @@ SCENES = [
         c.charged_twice,
         {"heartbeats", "payments"},
         {"events"},
+        of="04",
     ),
     moment(1, "before-event", "Killed before event and child are committed", c.before_the_event),
     moment(2, "before-claim", "Killed before anybody claims the child", c.before_the_claim),
@@ -56,28 +58,33 @@ SCENES = [
     moment(4, "between", "Killed between two steps", c.between_two_steps),
     moment(4, "after-last", "Killed after the last step", c.after_the_last_step),
     moment(5, "frozen", "Frozen, and back", s.refused_a_step),
-    Scene("frozen", "Frozen, and back", s.fenced_off, {"heartbeats"}, {"durable"}),
+    Scene("frozen", "Frozen, and back", s.fenced_off, {"heartbeats"}, {"durable"}, of="04"),
     Scene("frozen", "Frozen, and back", s.fenced_off, {"suspension"}),
-    Scene("stop", "Told to stop", s.told_to_stop, {"graceful_stop", "durable"}),
-    Scene("sleep", "Killed while an order sleeps", w.slept_through, {"sleep"}, {"suspension"}),
-    Scene("suspended", "Killed, and nothing is lost", w.nobodys, {"suspension"}),
-    Scene("early-signal", "Approved before it has asked", w.early_signal, {"signal"}),
-    Scene("late-signal", "Approved while no worker runs", w.signal_to_nobody, {"signal"}),
-    Scene("fork", "Only the email again", w.forked, {"fork"}),
+    Scene("stop", "Told to stop", s.told_to_stop, {"graceful_stop", "durable"}, of="09"),
+    Scene(
+        "sleep", "Killed while an order sleeps", w.slept_through, {"sleep"}, {"suspension"}, of="12"
+    ),
+    Scene("suspended", "Killed, and nothing is lost", w.nobodys, {"suspension"}, of="13"),
+    Scene("early-signal", "Approved before it has asked", w.early_signal, {"signal"}, of="14"),
+    Scene("late-signal", "Approved while no worker runs", w.signal_to_nobody, {"signal"}, of="14"),
+    Scene("fork", "Only the email again", w.forked, {"fork"}, of="15"),
 ]
 
 
 def about(scene: Scene, lesson: OpenLesson) -> dict[str, Any]:
     """What the page says of a scene. Only one lesson's README counts the moments."""
     shown: dict[str, Any] = {"name": scene.name, "title": scene.title}
+    if scene.of == lesson.number:
+        shown["own"] = True
     has_moment = scene.moment is not None and lesson.number == "07"
     return shown | {"moment": scene.moment} if has_moment else shown
 
 
 def of_lesson(lesson: OpenLesson) -> list[Scene]:
-    """What can be played on this lesson."""
+    """What can be played on this lesson: first what it is about."""
     can = lesson.abilities
-    return [scene for scene in SCENES if scene.needs <= can and not scene.without & can]
+    found = [scene for scene in SCENES if scene.needs <= can and not scene.without & can]
+    return sorted(found, key=lambda scene: scene.of != lesson.number)
 
 
 class Performance:

@@ -52,14 +52,14 @@ class Stage:
         )
         self._first_id = row["id"]
 
-    async def read(self, conn: Connection) -> dict[str, Any]:
-        """Everything but the chosen task."""
+    async def read(self, conn: Connection, looked_at: set[int]) -> dict[str, Any]:
+        """All but the details of the chosen tasks, which are in the list, however old they are."""
         workers = await self._workers(conn)
         return {
             "now": await self._now(conn),
             "workers": workers,
             "queue": await self._counts(conn),
-            "tasks": await self._newest(conn),
+            "tasks": await self._listed(conn, looked_at),
         }
 
     async def read_chosen(self, conn: Connection, id: int) -> dict[str, Any] | None:
@@ -89,7 +89,7 @@ class Stage:
                 [id],
             )
         if self.lesson.has("payments", "order_id"):
-            chosen["payments"] = await self._payments(conn, rows[0]["input"])
+            chosen["payments"] = await self._payments(conn, rows[0])
         ids = [id, *(child["id"] for child in chosen["children"])]
         chosen["moments"] = self.record.moments_of(ids)
         return {name: plain(value) for name, value in chosen.items()}
@@ -130,24 +130,36 @@ class Stage:
         numbers = {row["status"]: row["number"] for row in rows}
         return {status: numbers.get(status, 0) for status in self.lesson.statuses or numbers}
 
-    async def _newest(self, conn: Connection) -> list[Row]:
-        """Tasks that are no children: those that run, then those that failed, then the newest."""
+    async def _listed(self, conn: Connection, looked_at: set[int]) -> list[Row]:
+        """Tasks that are no children: those looked at, then what failed, what runs, the newest."""
         top = ""
         if self.lesson.has("durable_events", "child_task_id"):
             top = "AND NOT EXISTS (SELECT FROM durable_events WHERE child_task_id = t.id)"
         rows = await self._rows(
             conn,
             f"SELECT * FROM ({self._tasks()}) AS t WHERE id >= %s AND queue = %s {top} "
-            "ORDER BY status = 'RUNNING' DESC, status = 'FAILED' DESC, id DESC "
+            "ORDER BY id = ANY (%s) DESC, status = 'FAILED' DESC, status = 'RUNNING' DESC, id DESC "
             f"LIMIT {NEWEST}",
-            [self._first_id, self.queue],
+            [self._first_id, self.queue, list(looked_at)],
         )
         tasks = [self._task(row, []) for row in rows]
-        for task in tasks:
-            # A step that no event leads to any more: a replay has emptied its parent's log.
-            if top and task["name"] not in ENQUEUED:
-                task["is_left"] = True
+        # Steps that no event leads to any more: a replay has emptied their parent's log.
+        left = [number for number, row in enumerate(rows) if row["task_name"] not in ENQUEUED]
+        if top and left:
+            parents = await self._by_order(conn, [order_id(rows[number]) for number in left])
+            for number in left:
+                tasks[number] |= {"is_left": True, "left_by": parents.get(order_id(rows[number]))}
         return tasks
+
+    async def _by_order(self, conn: Connection, order_ids: list[Any]) -> dict[Any, int]:
+        """The tasks that were enqueued for these orders: the lab's steps have their inputs."""
+        rows = await self._rows(
+            conn,
+            "SELECT id, input FROM tasks WHERE id >= %s AND queue = %s AND task_name = ANY (%s) "
+            "AND input ->> 'order_id' = ANY (%s)",
+            [self._first_id, self.queue, list(ENQUEUED), order_ids],
+        )
+        return {order_id(row): row["id"] for row in rows}
 
     async def _events(self, conn: Connection, id: int) -> list[Row]:
         """The event log, with the names of the children where it has children."""
@@ -184,15 +196,14 @@ class Stage:
             children.append({**child, "lanes": self.record.lanes(row["id"])})
         return children
 
-    async def _payments(self, conn: Connection, input: Any) -> list[Row]:
+    async def _payments(self, conn: Connection, row: Row) -> list[Row]:
         """What the customer of an order was charged."""
-        order_id = input.get("order_id") if isinstance(input, dict) else None
         key = "idempotency_key, " if self.lesson.has("payments", "idempotency_key") else ""
         return await self._rows(
             conn,
             f"SELECT {key}order_id, amount, inserted_at AS at FROM payments "
             "WHERE order_id = %s ORDER BY inserted_at",
-            [order_id],
+            [order_id(row)],
         )
 
     def _tasks(self) -> str:
@@ -220,6 +231,12 @@ class Stage:
     async def _rows(self, conn: Connection, statement: str, parameters: Any = None) -> list[Row]:
         cursor = await conn.execute(statement.encode(), parameters)
         return await cursor.fetchall()
+
+
+def order_id(row: Row) -> Any:
+    """Which order a task is about; None if its input does not say so."""
+    input = row["input"]
+    return input.get("order_id") if isinstance(input, dict) else None
 
 
 def plain(value: Any) -> Any:

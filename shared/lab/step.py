@@ -142,5 +142,5 @@ async def ran_again(lab: Hand, order: int) -> str:
     rows = (await tasks(lab, order)).rows
     names = [row["task_name"] for row in rows if row["attempt"] > 1]
     if not names:
-        return "Nothing"
+        return "None"
     return f"{names[0]} alone" if len(names) == 1 else " and ".join(names)

@@ -3,14 +3,13 @@
 from shared.lab.crashes import TAKEN_OVER, Steps
 from shared.lab.hand import Hand
 from shared.lab.step import (
+    Rows,
     Step,
     finished,
     held_at,
     ids_of,
     number,
-    payments,
     says_of,
-    status,
     tasks,
 )
 
@@ -90,7 +89,7 @@ async def refused_a_step(lab: Hand) -> Steps:
         f"“Task {order}, attempt 1: {says}.” The attempt is 2, so A's can append nothing to the "
         "log, and create no child. What its charge_payment returned matches no row either, and is "
         "dropped. And as the key was the same, the customer was charged once.",
-        rows=await payments(lab, order),
+        rows=await tasks(lab, order),
         right=number(sum(row["attempt"] for row in emails)),
         is_last=True,
     )
@@ -123,16 +122,16 @@ async def told_to_stop(lab: Hand) -> Steps:
     await lab.stop(worker)
     query = "SELECT attempt = 2 OR status = 'COMPLETED', attempt FROM tasks WHERE id = %(id)s"
     taken = await lab.until(query, {"id": order}, "somebody else has the order")
-    is_packing = await status(lab, parcel) == "RUNNING"
+    both = [*(await tasks(lab, order)).rows, *(await tasks(lab, parcel)).rows]
+    then = Rows("the order, its steps and the parcel, after the SIGTERM", both)
+    is_packing = both[-1]["status"] == "RUNNING"
     await lab.release()
     await finished(lab, order)
     await finished(lab, parcel)
-    rows = await tasks(lab, order)
-    rows.rows.extend((await tasks(lab, parcel)).rows)
     yield Step(
         "The order's progress is in its log, so it was put back at once. The parcel's was only in "
         "memory, so it got its grace, and A packed it to the end: attempt 1.",
-        rows=rows,
+        rows=then,
         right=finishes if taken["attempt"] == 1 else at_once if is_packing else later,
         is_last=True,
     )

@@ -1,10 +1,13 @@
 """Scenes of orders that wait: lessons 12 to 15."""
 
+import asyncio
+
 from shared.lab.crashes import Steps
 from shared.lab.hand import Hand
 from shared.lab.step import Rows, Step, enqueue_order, finished, payments, status, tasks
 
 ASLEEP = 8  # seconds; longer than it takes to notice that a worker is dead
+APART = 1.0  # seconds between two things, for the picture to show which was first
 
 
 async def slept_through(lab: Hand) -> Steps:
@@ -60,6 +63,7 @@ async def nobodys(lab: Hand) -> Steps:
     await lab.until(asleep, {}, "the order sleeps")
     suspended = "SELECT status = 'SUSPENDED' FROM tasks WHERE id = %(id)s"
     await lab.until(suspended, slept, "the order is suspended")
+    await asyncio.sleep(APART)
     await lab.kill(worker)
     choices = ["Yes, after five seconds", "No, it was nobody's when A died"]
     yield Step(
@@ -70,12 +74,23 @@ async def nobodys(lab: Hand) -> Steps:
         rows=await tasks(lab, order),
         meanwhile="The sleep ends when it ends.",
     )
+    overdue = (
+        "SELECT count(*) > 0 AS is_so FROM tasks WHERE queue = %(queue)s "
+        "AND status = 'SLEEPING' AND wake_at < clock_timestamp()"
+    )
+    (is_overdue,) = await lab.rows(overdue)
     await lab.start_worker()
     await finished(lab, order)
     (row,) = await lab.rows("SELECT lost_count FROM tasks WHERE id = %(id)s", slept)
+    end = "The end of the sleep queued the order"
+    if is_overdue["is_so"]:
+        end = (
+            "The sleep's time had come while no worker ran, so it ended when B had started. That "
+            "queued the order"
+        )
     yield Step(
-        "A suspension is a crash on purpose, and so a real one has nothing left to break. The end "
-        "of the sleep queued the order, and its second attempt went on behind the sleep.",
+        "A suspension is a crash on purpose, and so a real one has nothing left to break. "
+        f"{end}, and its second attempt went on behind the sleep.",
         rows=await tasks(lab, order),
         right=choices[0] if row["lost_count"] else choices[1],
         is_last=True,
@@ -94,6 +109,13 @@ async def signal_to_nobody(lab: Hand) -> Steps:
     suspended = "SELECT status = 'SUSPENDED' FROM tasks WHERE id = %(id)s"
     await asked(lab, order)
     await lab.until(suspended, {"id": order}, "the order is suspended")
+    yield Step(
+        f"The order is SUSPENDED: no slot of {worker}, no memory, no worker. Its wait is a child "
+        "task, that no worker runs either.",
+        rows=await tasks(lab, order),
+        button=f"Kill worker {worker}",
+        meanwhile="Nothing is taken from the order.",
+    )
     await lab.kill(worker)
     yield Step(
         f"Worker {worker} was killed, and no worker runs. When you answer, we send the approval.",

@@ -99,23 +99,38 @@ def slots_taken(worker: Any) -> dict[str, list[int]]:
     return {name: [s.limit - s.free, s.limit] for name, s in kinds.items() if s is not None}
 
 
-async def keep_telling(worker: Any) -> None:
-    """Tell the lab who this worker is and what slots are taken, as it changes. Returns never."""
-    before: dict[str, Any] = {}
-    while True:
+class Teller:
+    """Tells the lab who this worker is and what slots are taken, as it changes."""
+
+    def __init__(self) -> None:
+        self.worker: Any = None  # none yet
+        self._before: dict[str, Any] = {}
+
+    def tell(self) -> None:
         with suppress(AttributeError):  # of a reader's lesson, whose slots are made otherwise
-            facts: dict[str, Any] = {"slots": slots_taken(worker)}
-            if hasattr(worker, "id"):
-                facts["id"] = str(worker.id)
-            if facts != before:
+            facts: dict[str, Any] = {"slots": slots_taken(self.worker)}
+            if hasattr(self.worker, "id"):
+                facts["id"] = str(self.worker.id)
+            if facts != self._before:
                 say(**facts)
-                before = facts
-        await asyncio.sleep(SLOTS_INTERVAL)
+                self._before = facts
+
+    def say_of_gate(self, **facts: Any) -> None:
+        """Before the lab hears of a gate, and maybe freezes this process, it has the slots."""
+        self.tell()
+        say(**facts)
+
+    async def keep_telling(self) -> None:
+        """Returns never."""
+        while True:
+            self.tell()
+            await asyncio.sleep(SLOTS_INTERVAL)
 
 
 async def main(path: Path, queue: str, settings: Settings) -> None:
     die_with_the_lab()
-    gates = Gates(say)
+    teller = Teller()
+    gates = Gates(teller.say_of_gate)
     gates.closed = set(settings["gates"])
     threading.Thread(
         target=obey, args=[gates, asyncio.get_running_loop()], name="orders", daemon=True
@@ -135,7 +150,8 @@ async def main(path: Path, queue: str, settings: Settings) -> None:
             for name in settings["functions"] or functions:
                 worker.register(name, functions[name])
             say(hello=introduction(worker, modules))
-            telling = asyncio.create_task(keep_telling(worker))
+            teller.worker = worker
+            telling = asyncio.create_task(teller.keep_telling())
             try:
                 await worker.start(queue)
             finally:

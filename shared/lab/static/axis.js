@@ -98,7 +98,7 @@ export function folds(place, rows, bottom) {
       svg(
         "text",
         { class: "quiet", x, y: bottom + 19, "text-anchor": "middle" },
-        `${seconds(one.to - one.from)}, folded`,
+        `${seconds(one.to - one.from)} long, folded`,
       ),
     );
   });

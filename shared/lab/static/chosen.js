@@ -1,6 +1,7 @@
 // The chosen task: what it is, its timeline, and what can be done to it.
 
 import { action, el, text } from "./dom.js";
+import { legend } from "./legend.js";
 import { hiddenAttempts, timeline } from "./timeline.js";
 
 const NO_TASK = "Enqueue an order, or choose a task of the queue.";
@@ -12,29 +13,15 @@ export function chosenTask(state, now, width) {
   if (!chosen)
     return [el("p", { class: "none" }, state.scene ? NO_ORDER : NO_TASK)];
   const hidden = hiddenAttempts(chosen);
+  const picture = timeline(chosen, now, width);
   return [
     head(chosen.task),
     hidden > 0 && el("p", { class: "quiet" }, `${hidden} earlier attempts are not drawn.`),
-    ...drawn(chosen, now, width),
+    picture,
+    legend(picture),
     extras(chosen),
     hand(chosen, state.lesson.abilities),
   ].filter(Boolean);
-}
-
-// What in the picture does not explain itself.
-const LEGEND = {
-  ".stale": "hatched: nobody runs it",
-  ".queued": "dotted: it is in the queue",
-  ".lost": "pale: it is not this attempt's any more",
-  ".event": "circle: an event is written",
-};
-
-/** The picture, and a line on what is in it. */
-function drawn(chosen, now, width) {
-  const picture = timeline(chosen, now, width);
-  const shown = Object.keys(LEGEND).filter((kind) => picture.querySelector(kind));
-  const words = shown.map((kind) => LEGEND[kind]).join(" · ");
-  return [picture, words && el("p", { class: "legend", "data-key": "legend" }, words)];
 }
 
 function head(task) {
@@ -92,10 +79,10 @@ function hand(chosen, abilities) {
   const can = (what) => abilities.includes(what) && chosen.task.is_durable && isTop;
   const parts = [];
   if (can("retry") && chosen.task.status === "FAILED")
-    parts.push(action("retry", task, "Retry", { class: "small", "data-key": "retry" }));
+    parts.push(button("retry", task, "Retry", "It is queued again; steps that are completed do not run again"));
   if (can("replay") && isFinished)
-    parts.push(action("replay", task, "Replay", { class: "small", "data-key": "replay" }));
-  if (can("fork") && isFinished) parts.push(...fork(task, chosen));
+    parts.push(button("replay", task, "Replay", "It is queued again, and all its steps run again"));
+  if (can("fork") && isFinished) parts.push(fork(task, chosen));
   if (can("signal") && !isFinished) parts.push(...signal(task));
   return parts.length
     ? el(
@@ -111,6 +98,11 @@ function hand(chosen, abilities) {
     : null;
 }
 
+function button(name, task, text, title, attributes) {
+  return action(name, task, text, { class: "small", title, "data-key": name, ...attributes });
+}
+
+/** A group of its own: its number is no other button's. */
 function fork(task, chosen) {
   const last = Math.max(
     0,
@@ -118,7 +110,11 @@ function fork(task, chosen) {
       .filter((event) => event.abandoned_in == null)
       .map((event) => event.event_id),
   );
-  return [
+  const title = "What is before this event is kept; the rest runs again, on a new branch";
+  return el(
+    "span",
+    { class: "group", "data-key": "fork-group" },
+    button("fork", task, "Fork", title, { "data-inputs": "event" }),
     el(
       "label",
       { "data-key": "fork-at" },
@@ -132,8 +128,7 @@ function fork(task, chosen) {
         pattern: "[0-9]+",
       }),
     ),
-    action("fork", task, "Fork", { class: "small", "data-key": "fork", "data-inputs": "event" }),
-  ];
+  );
 }
 
 function signal(task) {

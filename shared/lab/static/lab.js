@@ -12,6 +12,8 @@ const NEXT = "button.primary, .choices button, .programme button, .working";
 const TICK = 500; // ms between two looks at the clock while a task is open; each costs a repaint
 const IDLE_TICK = 1000; // and while only heartbeats grow older
 
+const REPEATED = ["start_worker", "enqueue"]; // who clicks twice wants two
+
 const $ = (id) => document.getElementById(id);
 let state = null; // the server's last word
 let received = 0; // when it came, by performance.now()
@@ -149,7 +151,7 @@ async function send(name, body) {
 }
 
 async function act(button) {
-  if (button.ariaBusy === "true") return;
+  if (button.ariaBusy === "true" && !REPEATED.includes(button.dataset.action)) return;
   button.ariaBusy = "true";
   try {
     const body = { ...JSON.parse(button.dataset.body ?? "{}"), ...inputs(button) };

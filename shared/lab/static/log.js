@@ -4,6 +4,7 @@ import { chip, clock, el } from "./dom.js";
 
 const KEPT = 20_000; // lines, of all tasks: of a thousand orders with their steps
 const SHOWN = 400;
+const BEGINNINGS = ["scene", "reset"]; // what is before them is about other tasks
 
 let lines = [];
 
@@ -34,7 +35,7 @@ export function show(box, tasks) {
 function filterFor(tasks) {
   if (!tasks) return () => true;
   const first = lines.find((line) => tasks.has(line.task))?.n ?? Infinity;
-  const begin = lines.findLast((line) => line.what === "scene" && line.n < first)?.n ?? 0;
+  const begin = lines.findLast((line) => BEGINNINGS.includes(line.what) && line.n < first)?.n ?? 0;
   return (line) =>
     line.task == null ? line.worker === "lab" && line.n >= begin : tasks.has(line.task);
 }
@@ -44,7 +45,7 @@ function row(line) {
   const isBad = /WARN|ERROR|CRIT/.test(line.level ?? "");
   return el(
     "div",
-    { "data-key": line.n, class: line.what === "scene" ? "begin" : null },
+    { "data-key": line.n, class: BEGINNINGS.includes(line.what) ? "begin" : null },
     el("time", {}, `${clock(line.at)}.${thousandths(line.at)}`),
     isLab ? el("span") : chip(line.worker),
     el("span", { class: isLab ? "hand" : isBad ? "bad" : "" }, line.text),

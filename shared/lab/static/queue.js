@@ -52,7 +52,7 @@ export function queue(state, chosen) {
 function notes({ lesson, tasks }) {
   const isCut = tasks.length >= NEWEST;
   if (!tasks.length) return "";
-  const cut = `The list shows ${NEWEST} tasks: those that run or failed, then the newest.`;
+  const cut = `The list shows ${NEWEST} tasks: the chosen one, those that failed or run, then the newest.`;
   return [lesson.abilities?.includes("durable") && "The numbers include steps.", isCut && cut]
     .filter(Boolean)
     .join(" ");
@@ -78,7 +78,13 @@ function groupByParent(tasks, ids) {
   return groups;
 }
 
+/** A step that no log leads to any more, and by its input the task whose replay that was. */
+function leftBy({ is_left: isLeft, left_by: task }) {
+  return isLeft && el("i", {}, task ? ` left by a replay of ${task}` : " left by a replay");
+}
+
 function item(task, chosen) {
+  const isRerun = task.attempt > 1;
   return el(
     "li",
     { class: task.parent ? "child" : "", "data-key": `task-${task.id}` },
@@ -87,12 +93,12 @@ function item(task, chosen) {
       {
         class: "plain",
         "data-choose": task.id,
-        title: `attempt ${task.attempt}`,
+        title: isRerun ? `${task.attempt} attempts` : null,
         "aria-current": task.id === chosen ? "true" : null,
       },
       el("span", { class: "id" }, String(task.id)),
-      el("span", { class: "of" }, task.name, task.is_left && el("i", {}, " left by a replay")),
-      el("span", { class: "again" }, task.attempt > 1 ? `×${task.attempt}` : ""),
+      el("span", { class: "of" }, task.name, leftBy(task)),
+      el("span", { class: "again" }, isRerun && `×${task.attempt}`),
       el("span", { class: `status s-${task.status}` }, task.status),
       chip(task.worker_key) ?? el("span"),
     ),

@@ -15,14 +15,22 @@ function programme(scenes) {
     el(
       "p",
       { class: "hint" },
-      "The lesson runs here for real, and you can break it. Start with scene 1, or start a worker and enqueue an order.",
+      `The lesson runs here for real, and you can break it. ${where(scenes)}`,
     ),
     el("h2", {}, "Scenes"),
-    el("ol", { class: "programme" }, scenes.map(entry)),
+    el("ol", { class: "programme" }, scenes.map((one) => entry(one, scenes))),
   ];
 }
 
-function entry({ name, title, moment, played }) {
+/** Where to begin: with the first scene that was not played yet. */
+function where(scenes) {
+  const next = scenes.findIndex(({ played }) => !played) + 1;
+  const [first, hand] = ["start a worker and enqueue an order.", `Start with scene ${next}, or `];
+  return next ? hand + first : first[0].toUpperCase() + first.slice(1);
+}
+
+function entry({ name, title, moment, own, played }, all) {
+  const isMarked = own && all.some((other) => !other.own);
   return el(
     "li",
     { "data-key": name },
@@ -30,7 +38,7 @@ function entry({ name, title, moment, played }) {
     el(
       "span",
       { class: "quiet" },
-      [moment && `moment ${moment}`, played && "✓ played"].filter(Boolean).join(", "),
+      [moment && `moment ${moment}`, isMarked && "this lesson's own", played && "✓ played"].filter(Boolean).join(", "),
     ),
   );
 }

@@ -1,12 +1,11 @@
 // The chosen task on an axis of time: a lane for each attempt, below them a row for each event.
 
 import { colour, svg } from "./dom.js";
-import { axis, BAR, folds, layout, LEAST } from "./axis.js";
-import { hatch, kill, marks, status, textWidth } from "./marks.js";
+import { axis, BAR, folds, layout } from "./axis.js";
+import { asleep, bars, LATE, OPEN, stretch } from "./bars.js";
+import { hatch, marks, status } from "./marks.js";
 
 const LANES = 6; // so many attempts have a lane; of more, the last ones
-const LATE = 0.4; // seconds that the lab may hear of something later than it has happened
-const OPEN = ["QUEUED", "RUNNING", "SLEEPING", "SUSPENDED"];
 // What the lanes themselves show is not marked once more.
 const MARKED = [
   "kill",
@@ -91,6 +90,7 @@ function happenings({ task, lanes, children, events, moments }) {
   const times = rows.flatMap((row) => [
     row.inserted_at,
     row.finished_at,
+    row.wake_at < (row.finished_at ?? Infinity) ? row.wake_at : null,
     ...(row.lanes ?? []).flatMap((lane) => [lane.from, lane.to]),
   ]);
   return [...times, ...[...(events ?? []), ...marked].map((one) => one.at)];
@@ -125,16 +125,25 @@ function name(text, place, y, quiet) {
 
 function attempt(lane, chosen, place, y) {
   const following = chosen.lanes.find((other) => other.attempt > lane.attempt);
-  const parts = bars([lane], chosen.task, chosen.moments, place, y + place.names, following);
+  const row = { ...chosen.task, children: chosen.children };
+  const parts = bars([lane], row, chosen.moments, place, y + place.names, following);
   const isFirst = lane === chosen.lanes[0];
   return svg(
     "g",
     { class: colour(lane.worker_key ?? "") },
-    name(`attempt ${lane.attempt}`, place, y),
+    name(attemptName(lane, chosen), place, y),
     isFirst && stretch("queued", chosen.task.inserted_at, lane.from, place, y + place.names),
     parts,
     outcome(lane, following, chosen.task, place, y + place.names),
   );
+}
+
+/** Where the log has branches, with the one that the attempt was on: each ended before the next. */
+function attemptName(lane, { task, branches }) {
+  const words = `attempt ${lane.attempt}`;
+  if (!branches?.length) return words;
+  const left = branches.find((one) => lane.from < one.finished_at);
+  return `${words}, branch ${left?.branch ?? task.branch}`;
 }
 
 /** The task that nobody has claimed yet. */
@@ -147,118 +156,9 @@ function pending(chosen, place, y) {
   ];
 }
 
-/** The attempts of one row, and what the table said of it between them. */
-function bars(lanes, row, moments, place, y, following) {
-  return lanes.flatMap((lane, number) => {
-    const next = lanes[number + 1] ?? following;
-    const parts = [bar(lane, ownedUntil(lane, next, row, moments, place), moments, place, y)];
-    if (lane.end === "FAILED" && lanes[number + 1]) parts.push(failure(lane, next, place, y));
-    if (lane.to != null) parts.push(...after(lane, next, row, moments, place, y));
-    if (isCutOff(lane)) parts.push(kill(place.x(lane.to), y + BAR / 2));
-    return parts;
-  });
-}
-
-const isCutOff = (lane) => lane.end === "killed" || lane.end === "worker ended";
-
-/** Until when the row was this attempt's: a frozen worker, say, goes on without owning it. */
-function ownedUntil(lane, next, row, moments, place) {
-  const end = lane.to ?? place.now;
-  const isTaken = lane.end === "fenced off" || lane.end === "requeued";
-  const taken = isTaken ? requeuedAfter(lane.from, moments) : null;
-  return Math.min(end, taken ?? next?.from ?? row.finished_at ?? end);
-}
-
-function requeuedAfter(time, moments) {
-  return moments.find((moment) => moment.what === "requeued" && moment.at >= time)?.at;
-}
-
-/** An attempt: hatched while its worker is frozen, pale when the row is not its own any more. */
-function bar(lane, owned, moments, place, y) {
-  const end = lane.to ?? place.now;
-  const isLost = (time) => end - owned > LATE && time >= owned;
-  const frozen = freezes(lane, end, moments);
-  const isFrozen = (time) => frozen.some(([from, to]) => from <= time && time < to);
-  const times = [lane.from, owned, ...frozen.flat(), end].sort((one, two) => one - two);
-  const x = place.x(lane.from);
-  const edge = (time) => (time === lane.from ? x : Math.max(x + LEAST, place.x(time)));
-  const parts = [];
-  for (const [number, from] of times.slice(0, -1).entries()) {
-    const kind = `${isFrozen(from) ? "stale" : "lane"} ${isLost(from) ? "lost" : ""}`;
-    const last = parts.at(-1);
-    const to = edge(times[number + 1]);
-    if (last?.kind === kind) last.to = to;
-    else if (to > edge(from)) parts.push({ kind, from: edge(from), to });
-  }
-  return svg(
-    "g",
-    { class: colour(lane.worker_key ?? "") },
-    svg("title", {}, lane.text ?? `attempt ${lane.attempt}`),
-    parts.map(({ kind, from, to }) => rect(kind, from, to - from, y)),
-    lane.worker_key &&
-      svg("text", { class: "on", x: x + 7.5, y: y + 14.5, "text-anchor": "middle" }, lane.worker_key),
-  );
-}
-
-const rect = (kind, x, width, y) =>
-  svg("rect", { class: kind, x, y, width, height: BAR, rx: 3 });
-
-/** The times from which and until which a lane's worker was frozen. */
-function freezes(lane, end, moments) {
-  const own = moments.filter((one) => one.worker_key === lane.worker_key);
-  return own
-    .filter(({ what, at }) => what === "freeze" && at >= lane.from && at < end)
-    .map(({ at }) => [at, Math.min(end, own.find((m) => m.what === "thaw" && m.at >= at)?.at ?? end)]);
-}
-
-/** That an attempt has failed, where another one of the same row follows. */
-function failure(lane, next, place, y) {
-  const x = Math.max(place.x(lane.to), place.x(lane.from) + LEAST);
-  const hasRoom = place.x(next.from) - x > textWidth("FAILED") + 10;
-  return svg(
-    "g",
-    {},
-    rect("bad", x - 3, 3, y),
-    hasRoom && svg("text", { class: "bad", x: x + 6, y: y + 15 }, "FAILED"),
-  );
-}
-
-/** From the end of an attempt until the next one: whose is the row meanwhile? */
-function after(lane, next, row, moments, place, y) {
-  const end = next?.from ?? (OPEN.includes(row.status) ? place.now : lane.to);
-  if (end <= lane.to) return [];
-  if (lane.end === "SUSPENDED") {
-    const at = { y1: y + BAR / 2, y2: y + BAR / 2 };
-    return [svg("line", { class: "suspended", x1: place.x(lane.to) + 4, x2: place.x(end), ...at })];
-  }
-  if (lane.end === "QUEUED") return [stretch("queued", lane.to, end, place, y)];
-  if (!isCutOff(lane)) return [];
-  const until = Math.min(requeuedAfter(lane.to, moments) ?? end, end);
-  return [stretch("stale", lane.to, until, place, y), stretch("queued", until, end, place, y)];
-}
-
-const SAYS = { stale: "RUNNING, but nobody runs it", queued: "QUEUED" };
-
-/** A stretch of time in which no worker has the row. */
-function stretch(kind, from, to, place, y) {
-  const x = place.x(from);
-  const width = place.x(to) - x;
-  if (width < 1) return "";
-  const text = SAYS[kind];
-  const hasText = kind === "queued" && width > textWidth(text) + 20;
-  return svg(
-    "g",
-    {},
-    text && svg("title", {}, text),
-    svg("rect", { class: kind, x: x + 0.5, y: y + 0.5, width, height: BAR - 1, rx: 2 }),
-    hasText && svg("text", { class: "quiet", x: x + 8, y: y + 14 }, text),
-  );
-}
-
 const SAID = {
   killed: "",
   "worker ended": "",
-  requeued: "taken from it",
   "fenced off": "refused",
   QUEUED: "put back",
 };
@@ -267,6 +167,7 @@ const SAID = {
 function outcome(lane, following, task, place, y) {
   if (lane.end == null) return following ? "" : status(task.status, place, y);
   if (!following && OPEN.includes(task.status)) return status(task.status, place, y);
+  if (lane.end === "requeued") return status(`taken from ${lane.worker_key}`, place, y);
   return status(SAID[lane.end] ?? lane.end, place, y);
 }
 
@@ -283,7 +184,7 @@ function child(event, child, chosen, place, y) {
     { class: isPast ? "past" : null },
     eventName(event, child, place, y),
     isAsleep
-      ? stretch("asleep", child.inserted_at, child.finished_at ?? place.now, place, top)
+      ? asleep(child, place, top)
       : stretch("queued", child.inserted_at, claimed, place, top),
     bars(lanes, child, chosen.moments, place, top),
     status(child.status, place, top),

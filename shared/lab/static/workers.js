@@ -12,7 +12,9 @@ const STATES = {
 /** The cards. `late` is how many seconds ago the state was true. */
 export function workers(state, late) {
   if (!state.workers.length) {
-    return [el("p", { class: "none" }, "No worker runs. What is in the queue waits.")];
+    const isWaiting = ["QUEUED", "RUNNING"].some((status) => state.queue?.[status]);
+    const waits = isWaiting ? " What is in the queue waits." : "";
+    return [el("p", { class: "none" }, `No worker runs.${waits}`)];
   }
   // Each keeps its place: a second click must not hit another one's button.
   const cards = state.workers.map((worker) => card(worker, state, late));
@@ -75,15 +77,15 @@ function pulse(worker, limit, late, isAway) {
   const scale = 1.5 * limit; // seconds from left to right
   const x = `${(Math.min(1, age / scale) * 100).toFixed(1)}%`;
   const isLate = age > limit;
-  const label = `last heartbeat ${seconds(age)} ago`;
+  const label = `heartbeat ${seconds(age)} ago`;
   return svg(
     "svg",
-    { class: "pulse", role: "img", "aria-label": `${label}; inactive after ${seconds(limit)}` },
+    { class: "pulse", role: "img", "aria-label": `last ${label}; inactive after ${seconds(limit)}` },
     svg("line", { x1: 0, x2: "100%", y1: 10, y2: 10 }),
     svg("line", { class: "limit", x1: "66.7%", x2: "66.7%", y1: 2, y2: 18 }),
     svg("circle", { class: isLate ? "late" : "", cx: x, cy: 10, r: 6 }),
     svg("text", { x: 0, y: 35 }, label),
-    svg("text", { x: "100%", y: 35, "text-anchor": "end" }, `inactive after ${limit} s`),
+    svg("text", { x: "66.7%", y: 35, "text-anchor": "middle" }, `inactive after ${limit} s`),
   );
 }
 
