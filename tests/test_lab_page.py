@@ -406,8 +406,9 @@ def test_a_fork_and_its_branches(browser: Browser, database: str) -> None:
         expect(picture(page).locator("text", has_text="branch")).to_have_count(0)
         page.locator("[name=event]").fill("2")
         click(page, "Fork")
+        # A slow machine may suspend attempt 2.
         expect(picture(page)).to_have_accessible_name(
-            re.compile("attempt 2 on worker A: COMPLETED")
+            re.compile("attempt [2-4] on worker A: COMPLETED")
         )
         for name in ("attempt 1, branch 1", "attempt 2, branch 2"):
             expect(picture(page).locator("text", has_text=name)).to_be_visible()
