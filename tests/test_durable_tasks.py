@@ -816,6 +816,35 @@ async def test_an_attempt_whose_worker_stops_can_start_no_more_steps(lab: Lab, w
     await assert_the_next_attempt_completes(lab, way, asyncio.Event(), "stop")
 
 
+@pytest.mark.since(10)
+@pytest.mark.only(10, LAST)
+async def test_a_branch_starts_no_step_when_its_function_has_returned(lab: Lab) -> None:
+    """Not even while the log is looked at, before the outcome is written."""
+    refused: list[str] = []
+    branches: list[asyncio.Task[None]] = []
+
+    async def hasty(context: Any, input: Any) -> str:
+        async def branch() -> None:
+            await asyncio.sleep(0)  # until the function has returned
+            try:
+                await context.run_task("too_late", None)
+            except RuntimeError as error:
+                refused.append(str(error))
+
+        branches.append(asyncio.create_task(branch()))
+        return "done"
+
+    async def too_late(input: Any) -> None:
+        lab.calls["too_late"] += 1
+
+    id = await lab.enqueue(hasty)
+    async with working(lab.worker(hasty, too_late)):
+        assert (await finished(lab.pool, id))["output"] == "done"
+        await branches[0]
+    assert refused == [f"attempt 1 of task {id} has ended"]
+    assert len(await lab.tasks()) == 1
+
+
 async def assert_the_next_attempt_completes(
     lab: Lab, way: str, may_end: asyncio.Event, how: str
 ) -> None:
