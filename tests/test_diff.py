@@ -92,6 +92,8 @@ CODE = "from shared.__main__ import main; main(['diff', *sys.argv[1:]])"
 
 def test_it_keeps_its_width_and_its_colours_for_a_pager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")  # a dumb one has no colours
+    monkeypatch.delenv("NO_COLOR", raising=False)
     lines = run_program(CODE, "06", "07").stdout.splitlines()
     assert any("\x1b[" in line for line in lines)
     assert max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in lines) == WIDTH
