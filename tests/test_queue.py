@@ -821,7 +821,9 @@ async def test_each_change_of_a_tasks_state_is_a_line_of_the_log(
 
     def lines(id: int) -> list[str]:
         name = re.escape(worker.display_name)
-        return re.findall(rf"worker {name}, task {id}, attempt (\d+: [^,\n]+)", caplog.text)
+        found = re.findall(rf"worker {name}, task {id}, attempt (\d+: [^,\n]+)", caplog.text)
+        # A line follows its commit, so the next attempt may be claimed, and say so, before it.
+        return sorted(found, key=lambda line: int(line.split(":")[0]))
 
     assert lines(done) == ["1: RUNNING echo", "1: COMPLETED"]
     assert lines(failed) == ["1: RUNNING fail", "1: QUEUED", "2: RUNNING fail", "2: FAILED"]
