@@ -30,7 +30,7 @@ class DurableContext:
         self.queries = queries
         self.children = children
         self._task = task
-        self._attempt = asyncio.current_task()  # which the engine cancels if it ends the attempt
+        self._running_in = asyncio.current_task()  # the engine cancels it to end the attempt
         self._last_event_id = 0
         self._appending = asyncio.Lock()
         self._ended = False
@@ -77,7 +77,7 @@ class DurableContext:
         if child.status not in ("COMPLETED", "FAILED"):
             child = await self.children.wait_for(child)
         if child.status == "FAILED":
-            # Set FAILED by hand, it may have any output, or none.
+            # Somebody may have set it FAILED by hand, with any output or none.
             output = child.output if isinstance(child.output, dict) else {}
             text = output.get("error", "no error is recorded")
             raise ChildTaskError(child.id, child.task_name, text)
@@ -112,7 +112,7 @@ class DurableContext:
 
     def _check_not_ended(self) -> None:
         """An attempt that is being ended writes nothing more: its next one would not ask for it."""
-        if self._ended or (self._attempt is not None and self._attempt.cancelling()):
+        if self._ended or (self._running_in is not None and self._running_in.cancelling()):
             raise RuntimeError(f"attempt {self.attempt} of task {self.task_id} has ended")
         if self._non_determinism is not None:
             raise self._non_determinism

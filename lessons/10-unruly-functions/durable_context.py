@@ -81,7 +81,7 @@ class DurableContext:
         if child.status not in ("COMPLETED", "FAILED"):
             child = await self.children.wait_for(child)
         if child.status == "FAILED":
-            # Set FAILED by hand, it may have any output, or none.
+            # Somebody may have set it FAILED by hand, with any output or none.
             output = child.output if isinstance(child.output, dict) else {}
             text = output.get("error", "no error is recorded")
             raise ChildTaskError(child.id, child.task_name, text)
