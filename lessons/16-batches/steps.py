@@ -16,7 +16,7 @@ class Steps(Batches):
         refuses the child, or an earlier try has created it and its answer got lost. Look.
         """
         try:
-            child["task_name"].encode()  # or not in JSON, which would make another name of it
+            child["task_name"].encode()  # JSON would escape half of a surrogate pair
             seconds = child["timeout"] and child["timeout"].total_seconds()
             columns = child | {"input": child["input"].obj, "timeout": seconds}
             return await self.put(task, event_id=event_id, key=key, **columns)
