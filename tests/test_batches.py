@@ -422,6 +422,7 @@ async def all_completed(lab: BatchLab, count: int) -> bool:
 @pytest.mark.parametrize("analyzed", [True, False], ids=["analyzed", "not analyzed"])
 async def test_finished_tasks_cost_a_batch_nothing(lab: BatchLab, analyzed: bool) -> None:
     """What it reads of tasks it finds by an index, also if Postgres takes the table for small."""
+    await execute(lab.pool, "ALTER TABLE tasks SET (autovacuum_enabled = false)")
     await execute(
         lab.pool,
         "INSERT INTO tasks (queue, task_name, input, status)"

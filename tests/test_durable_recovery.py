@@ -40,7 +40,8 @@ from shared.database import CancellablePool
 # Between them only outages and stopping are added.
 pytestmark = [pytest.mark.since(7), pytest.mark.only(7, LAST)]
 SCRIPT = Path(__file__).parent / "durable_process.py"
-PATIENT = {"SUSPEND_AFTER": 3600.0}  # no order is suspended because the machine was busy
+# No order is suspended because the machine was busy.
+PATIENT: dict[str, Any] = {"SUSPEND_AFTER": 3600.0}
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal")
 
 
