@@ -20,6 +20,7 @@ from helpers import (
     get_task,
     set_globals,
     wait_for,
+    wait_for_status,
     working,
 )
 from lesson_loader import LAST
@@ -30,8 +31,11 @@ pytestmark = [pytest.mark.since(7), pytest.mark.only(7, LAST)]
 
 
 @pytest.fixture
-def lab(lesson: Any, pool: Pool, queries: Any, monkeypatch: pytest.MonkeyPatch) -> Lab:
-    return Lab(lesson, pool, queries)
+def lab(lesson: Any, pool: Pool, queries: Any) -> Lab:
+    lab = Lab(lesson, pool, queries)
+    # No attempt ends because the machine was busy.
+    set_globals(lesson, {"INACTIVE_AFTER": 60.0, "SUSPEND_AFTER": 60.0})
+    return lab
 
 
 # Results and replay
@@ -226,8 +230,7 @@ async def test_nested_durable_tasks_finish_with_one_slot_for_plain_ones(lab: Lab
         assert [(await finished(lab.pool, id))["output"] for id in ids] == [4, 4, 4]
         row = await finished(lab.pool, wide)
     assert row["output"] == [1 + n % 3 for n in range(20)]
-    if lab.lesson.number < 13:  # from then on a slow machine may suspend one
-        assert {task["attempt"] for task in await lab.tasks()} == {1}
+    assert {task["attempt"] for task in await lab.tasks()} == {1}
 
 
 @pytest.mark.since(13)
@@ -345,12 +348,14 @@ async def test_a_parent_that_timed_out_waits_for_the_same_child_again(lab: Lab) 
         return "done"
 
     async def parent(context: Any, input: Any) -> Any:
-        if context.attempt == 2:
+        if context.attempt >= 2:
             may_end.set()
         return await context.run_task("slow", None)
 
-    row = await lab.run(parent, slow, max_retries=1, timeout=timedelta(seconds=0.5))
-    assert (row["output"], row["retry_count"]) == ("done", 1)
+    # On a busy machine later attempts may time out as well.
+    row = await lab.run(parent, slow, max_retries=100, timeout=timedelta(seconds=0.5))
+    assert row["output"] == "done"
+    assert row["retry_count"] >= 1
     assert lab.calls == {"slow": 1}
 
 
@@ -855,10 +860,7 @@ async def assert_the_next_attempt_completes(
         await may_end.wait()
         return input
 
-    set_globals(lab.lesson, {"SUSPEND_AFTER": 60.0})
     is_put_back = how != "cancel" or lab.lesson.number >= 9
-    if is_put_back:  # nobody has to be taken for dead, however busy the machine is
-        set_globals(lab.lesson, {"INACTIVE_AFTER": 60.0})
     order = order_that_releases(lab, way, may_end)
     options = {"timeout": timedelta(seconds=1.5), "max_retries": 1} if how == "timeout" else {}
     id = await lab.enqueue(order, **options)
@@ -867,6 +869,8 @@ async def assert_the_next_attempt_completes(
     async with working(steps):
         async with working(worker) as start:
             await wait_for(lambda: lab.calls["reserve"], "the order waits for its first step")
+            if how == "timeout":  # for this attempt; the next one may be slow
+                await execute(lab.pool, "UPDATE tasks SET timeout = NULL WHERE id = %s", id)
             if how == "cancel":
                 start.cancel()
             elif how == "stop":
@@ -880,6 +884,10 @@ async def assert_the_next_attempt_completes(
         if how != "timeout":
             assert len(await lab.children(id)) == 1
             assert (await get_task(lab.pool, id))["attempt"] == 1
+            if not is_put_back:
+                set_globals(lab.lesson, {"INACTIVE_AFTER": 1.0})
+                await wait_for_status(lab.pool, id, "QUEUED")
+                set_globals(lab.lesson, {"INACTIVE_AFTER": 60.0})
             may_end.set()  # from lesson 13 on the order is suspended, and this is what wakes it
             async with working(lab.worker(order, concurrency=0)):
                 row = await finished(lab.pool, id)

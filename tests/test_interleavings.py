@@ -55,6 +55,7 @@ WHICH = os.environ.get("INTERLEAVINGS", "some")
 SEED = int(os.environ.get("INTERLEAVINGS_SEED") or random.randrange(10**6))
 SECONDS = 3.0  # for the points of one kind of disturbance, in a normal run
 AT_ONCE = 4
+MIN_REACHED = 5
 
 # No worker judges others here: the test takes their tasks from them, when it wants to.
 TIMES = {
@@ -62,6 +63,7 @@ TIMES = {
     "HEARTBEAT_INTERVAL": 0.1,
     "INACTIVE_AFTER": 1000.0,
     "SUSPEND_AFTER": 0.1,
+    "SHUTDOWN_GRACE": 15.0,
 }
 
 NOT_STATEMENTS = {*GENERATORS.values(), *OF_POOL, "charge"}
@@ -193,7 +195,7 @@ class Run:
             return
         before = self.beats
         try:
-            await wait_for(lambda: self.beats > before, "the next heartbeat", seconds=4)
+            await wait_for(lambda: self.beats > before, "the next heartbeat", seconds=10)
         except AssertionError:
             self.complaint = f"the heartbeat had stopped {point}"
 
@@ -435,8 +437,15 @@ async def test_an_order_is_completed_wherever_its_worker_is_disturbed(
     failures: list[str] = []
     runs: list[Run] = []
 
+    def reached() -> int:
+        return sum(run.fired for run in runs)
+
+    def is_enough() -> bool:
+        """On a busy machine there may not have been many by then."""
+        return WHICH == "some" and time.monotonic() >= deadline and reached() >= MIN_REACHED
+
     async def play_some() -> None:
-        while waiting and (WHICH != "some" or time.monotonic() < deadline):
+        while waiting and not is_enough():
             run = Run(shop, disturb, waiting.pop())
             runs.append(run)
             try:
@@ -446,8 +455,7 @@ async def test_an_order_is_completed_wherever_its_worker_is_disturbed(
                 failures.append(f"{disturb} {run.target}: {type(error).__name__} {error}: {rows}")
 
     await asyncio.gather(*(play_some() for _ in range(AT_ONCE)))
-    reached = sum(run.fired for run in runs)
-    print(f"{disturb}: {reached} points of {len(runs) + len(waiting)}, INTERLEAVINGS_SEED={SEED}")
+    print(f"{disturb}: {reached()} points of {len(runs) + len(waiting)}, INTERLEAVINGS_SEED={SEED}")
     assert not failures, "\n".join(failures)
     # How often a loop goes round is different each time, so that many of its points are missed.
-    assert reached > len(runs) / 5, "hardly any of the points was reached"
+    assert reached() >= min(MIN_REACHED, len(runs)), "hardly any of the points was reached"

@@ -184,12 +184,12 @@ def play(page: Page, title: str, answer: Callable[[list[str]], str]) -> list[str
 SCENES: list[tuple[str, float, dict[str, str]]] = [
     (
         "04",
-        1,
+        3.5,
         {"Killed half-way through an order": "Two", "Frozen, and back": "It is refused"},
     ),
     (
         "07",
-        1,
+        3.5,
         {
             "Killed while the child runs": "process_order and charge_payment",
             "Killed after the charge, before its outcome": "One",
@@ -209,7 +209,7 @@ SCENES: list[tuple[str, float, dict[str, str]]] = [
     ),
     (
         "12",
-        1,
+        3.5,
         {
             "Told to stop": "B has it at once, while A still packs",
             "Killed while an order sleeps": "8 seconds",
@@ -217,7 +217,7 @@ SCENES: list[tuple[str, float, dict[str, str]]] = [
     ),
     (
         "14",
-        1,
+        3.5,
         {
             "Told to stop": "B has it at once, while A still packs",
             "Killed, and nothing is lost": "No, it was nobody's when A died",
@@ -225,7 +225,7 @@ SCENES: list[tuple[str, float, dict[str, str]]] = [
             "Approved while no worker runs": "QUEUED",
         },
     ),
-    ("15", 1, {"Only the email again": "send_confirmation_email"}),
+    ("15", 3.5, {"Only the email again": "send_confirmation_email"}),
 ]
 
 

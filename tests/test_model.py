@@ -115,7 +115,9 @@ class Bench:
         async with open_pool(self.lesson.path) as pool:
             self.main, self.holding, self.waiting = [await open_connection(pool) for _ in range(3)]
         # What should not wait for a row lock must not hang, but fail.
-        await self.main.execute("SET lock_timeout = '2s'")
+        await self.main.execute("SET lock_timeout = '10s'")
+        # What is held is held until the test lets go of it, however slow the machine is.
+        await self.holding.execute("SET idle_in_transaction_session_timeout = 0")
 
     async def close(self) -> None:
         for conn in (self.main, self.holding, self.waiting):

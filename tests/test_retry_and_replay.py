@@ -8,7 +8,16 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from durable_helpers import Lab
-from helpers import enqueue, execute, finished, get_task, wait_for, wait_for_status, working
+from helpers import (
+    enqueue,
+    execute,
+    finished,
+    get_task,
+    set_globals,
+    wait_for,
+    wait_for_status,
+    working,
+)
 from lesson_loader import LAST
 from shared import Pool
 
@@ -37,8 +46,11 @@ class ResetLab(Lab):
 
 
 @pytest.fixture
-def lab(lesson: Any, pool: Pool, queries: Any, monkeypatch: pytest.MonkeyPatch) -> ResetLab:
-    return ResetLab(lesson, pool, queries)
+def lab(lesson: Any, pool: Pool, queries: Any) -> ResetLab:
+    lab = ResetLab(lesson, pool, queries)
+    # No attempt ends because the machine was busy.
+    set_globals(lesson, {"INACTIVE_AFTER": 60.0, "SUSPEND_AFTER": 60.0})
+    return lab
 
 
 async def order(context: Any, input: Any) -> Any:
@@ -472,7 +484,8 @@ async def with_open_descendants(lab: ResetLab) -> tuple[int, int, int]:
     id = await lab.enqueue(gives_up)
     async with working(lab.worker(*lab.functions)):  # which does not know `slow`
         await wait_for_status(lab.pool, id, "FAILED")
-        below, _ = await lab.children(id)
+        below, step = await lab.children(id)
+        await wait_for_status(lab.pool, step["id"], "COMPLETED")
 
         async def grandchildren() -> list[dict[str, Any]]:
             return await lab.children(below["id"])

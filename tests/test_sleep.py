@@ -36,7 +36,10 @@ ONCE = pytest.mark.only(12)  # what the next lesson does not touch
 
 @pytest.fixture
 def lab(lesson: Any, pool: Pool, queries: Any) -> Lab:
-    return Lab(lesson, pool, queries)
+    lab = Lab(lesson, pool, queries)
+    # Nobody here is taken for dead because the machine was busy.
+    set_globals(lesson, {"INACTIVE_AFTER": 60.0})
+    return lab
 
 
 async def sleepers(pool: Pool) -> list[dict[str, Any]]:
@@ -250,16 +253,21 @@ async def test_sleeps_and_steps_at_once(lab: Lab) -> None:
 
     async def parent(context: Any, input: Any) -> Any:
         return await asyncio.gather(
-            branch("long", context.sleep(timedelta(seconds=1))),
+            branch("long", context.sleep(HOUR)),
             branch("step", context.run_task("step", 2)),
             branch("short", context.sleep(timedelta(seconds=0.2))),
         )
 
-    row = await lab.run(parent)
+    set_globals(lab.lesson, {"SUSPEND_AFTER": 60.0})
+    id = await lab.enqueue(parent)
+    async with working(lab.worker(parent)):
+        await wait_for(lambda: sorted(order) == ["short", "step"], "two of them are over")
+        await execute(lab.pool, "UPDATE tasks SET wake_at = now() WHERE status = 'SLEEPING'")
+        row = await finished(lab.pool, id)
     assert row["output"] == [None, 2, None]
     kinds = {child["event_id"]: child["task_name"] for child in await lab.children(row["id"])}
     assert kinds == {1: "sleep", 2: "step", 3: "sleep"}
-    assert [name for name in order if name != "step"][-2:] == ["short", "long"]
+    assert order[2:] == ["long"]
     assert lab.calls == {"2": 1}
 
 
@@ -339,7 +347,10 @@ async def test_killed_before_the_commit_there_is_neither_event_nor_sleep(
     await execute(lab.pool, f"{on_event} EXECUTE FUNCTION stall()")
 
     async def stalls() -> bool:
-        sql = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        sql = """
+            SELECT FROM pg_locks JOIN pg_database ON pg_database.oid = database
+            WHERE datname = current_database() AND locktype = 'advisory' AND NOT granted
+        """
         return (await conn.execute(sql.encode())).rowcount == 1
 
     id = await enqueue(lab.pool, "sleepy", input_of(tmp_path, 0.2), is_durable=True)
@@ -373,16 +384,13 @@ async def test_killed_after_the_commit_it_does_not_sleep_anew(lab: Lab, tmp_path
 
 
 async def test_it_wakes_up_late_if_there_was_nobody_to_wake_it(lab: Lab, tmp_path: Path) -> None:
-    id = await enqueue(lab.pool, "sleepy", input_of(tmp_path, 1), is_durable=True)
+    id = await enqueue(lab.pool, "sleepy", input_of(tmp_path, 3600), is_durable=True)
     async with worker_process(lab.lesson, script=SCRIPT) as victim:
         sleeper = await wait_for_sleeper(lab.pool)
         victim.kill()
         await victim.wait()
-
-    async def is_due() -> bool:
-        return bool(await execute(lab.pool, "SELECT id FROM tasks WHERE wake_at < now()"))
-
-    await wait_for(is_due, "it is due")
+    # An hour later.
+    await execute(lab.pool, "UPDATE tasks SET wake_at = now() WHERE id = %s", sleeper["id"])
     assert (await get_task(lab.pool, sleeper["id"]))["status"] == "SLEEPING"
     async with worker_process(lab.lesson, script=SCRIPT):
         assert (await finished(lab.pool, id))["status"] == "COMPLETED"
@@ -401,7 +409,7 @@ async def test_two_workers_wake_each_sleeper_once(lab: Lab) -> None:
         one.transaction(),
     ):
         first = [row["wake_at"] async for row in lab.queries.wake_tasks(one, limit=12)]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             second = [row["wake_at"] async for row in lab.queries.wake_tasks(other, limit=12)]
             assert [row async for row in lab.queries.wake_tasks(other, limit=12)] == []
     assert (len(first), len(second)) == (12, 8)
@@ -459,8 +467,8 @@ async def test_many_that_are_due_at_once_are_woken_in_batches_and_no_beat_is_lat
 
     lab.queries = Watched()
     async with working(lab.worker()):
-        await wait_for(lambda: "requeue_lost_tasks" in happened, "all have been woken")
-    until_then = happened[: happened.index("requeue_lost_tasks")]
+        await wait_for(lambda: "expire_tasks" in happened, "all have been woken")
+    until_then = happened[: happened.index("expire_tasks")]
     assert (await statuses(lab.pool))["COMPLETED"] == 1000
     # Asked for once more: the last batch was full.
     assert until_then.count("wake_tasks") == 6
@@ -495,7 +503,9 @@ def rows_read(nodes: list[dict[str, Any]]) -> float:
 @pytest.mark.parametrize("analyzed", [True, False], ids=["analyzed", "not analyzed"])
 async def test_sleepers_that_are_not_due_cost_nobody_anything(lab: Lab, analyzed: bool) -> None:
     """The plans are the same with 20,000 and with a million."""
-    await make_sleepers(lab, 20_000, "now() + n * interval '1 s'")
+    for table in ("tasks", "durable_events"):  # which is analyzed here, or not
+        await execute(lab.pool, f"ALTER TABLE {table} SET (autovacuum_enabled = false)")
+    await make_sleepers(lab, 20_000, "now() + interval '1 hour' + n * interval '1 s'")
     await make_sleepers(lab, 10, "now() - n * interval '1 s'")
     await execute(
         lab.pool,
