@@ -32,7 +32,7 @@ SCRIPT = Path(__file__).parent / "crash_worker.py"
 WORKERS = 2
 SETTINGS: dict[str, Any] = QUICK | {
     "HEARTBEAT_INTERVAL": 0.2,
-    "INACTIVE_AFTER": 1.5,
+    "INACTIVE_AFTER": 3.0,
     "concurrency": 4,
 }
 PATIENCE = 60.0  # seconds; reached only by a test that fails
