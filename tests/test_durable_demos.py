@@ -56,9 +56,15 @@ async def program(lesson: Any, *flags: str) -> AsyncIterator[Process]:
 
 async def end(process: Process, status: int = 0) -> tuple[str, list[str]]:
     """Wait for its end; return what it has printed, and what it has logged above INFO."""
+    out, lines = await output(process)
+    assert process.returncode == status, "\n".join([out, *lines])
+    return out, lines
+
+
+async def output(process: Process) -> tuple[str, list[str]]:
+    """The same, however it ends."""
     async with asyncio.timeout(SECONDS):
         out, err = (text.decode() for text in await process.communicate())
-    assert process.returncode == status, out + err
     return out, [line for line in err.splitlines() if not LOG_LINE.match(line)]
 
 
@@ -187,12 +193,20 @@ async def test_an_order_that_was_stopped_half_way_is_finished_by_the_next_run(
     lesson: Any, pool: Pool, how: str
 ) -> None:
     number = signal.Signals[how]
-    async with program(lesson) as first:
-        await wait_for(lambda: charges(pool), "the customer is charged", SECONDS)
-        first.send_signal(number)
-        _, lines = await end(first, -number if how == "SIGKILL" else 128 + number)
-        assert lines == []
-    assert [row["status"] for row in await orders(pool)] == ["RUNNING"]
+
+    async def stop() -> tuple[Any, ...]:
+        """Stop it after the charge; the state of its order, how it ended, and its warnings."""
+        await execute(pool, "TRUNCATE tasks, payments CASCADE")
+        async with program(lesson) as first:
+            await wait_for(lambda: charges(pool), "the customer is charged", SECONDS)
+            with suppress(ProcessLookupError):
+                first.send_signal(number)
+            _, lines = await output(first)
+        (order,) = await orders(pool)
+        return order["status"], first.returncode, lines
+
+    expected: tuple[Any, ...] = ("RUNNING", -number if how == "SIGKILL" else 128 + number, [])
+    assert await in_time(stop, lambda end: end[0] == "RUNNING") == expected
     assert "going on with task" in await quiet_demo(lesson)
     (order,) = await orders(pool)
     assert (order["status"], order["attempt"], order["retry_count"]) == ("COMPLETED", 2, 0)
@@ -206,12 +220,18 @@ async def test_a_demo_that_is_interrupted_leaves_no_process_behind(
     lesson: Any, pool: Pool, flag: str
 ) -> None:
     """Whether its worker is a process of its own or not."""
-    async with program(lesson, flag) as process:
-        await wait_for(lambda: charges(pool), "the customer is charged", SECONDS)
-        process.send_signal(signal.SIGINT)
-        out, lines = await end(process, 128 + signal.SIGINT)
-        assert "the order and its child tasks" not in out, "it has gone on to its end"
-        assert lines == []
+
+    async def interrupt() -> tuple[bool, int | None, list[str]]:
+        """Whether it had come to show its order, how it ended, and its warnings."""
+        await execute(pool, "TRUNCATE tasks, payments CASCADE")
+        async with program(lesson, flag) as process:
+            await wait_for(lambda: charges(pool), "the customer is charged", SECONDS)
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGINT)
+            out, lines = await output(process)
+        return "the order and its child tasks" in out, process.returncode, lines
+
+    assert await in_time(interrupt, lambda end: not end[0]) == (False, 128 + signal.SIGINT, [])
 
 
 @pytest.mark.until(7)
