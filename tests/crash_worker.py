@@ -12,6 +12,7 @@ from shared import run
 from worker_process import note
 
 STEP = 0.3  # seconds
+LONG = 20.0
 PATIENCE = 60.0
 runs = count(1)
 
@@ -25,13 +26,14 @@ def noted(input: Any, what: str) -> bool:
 async def step(input: Any) -> str:
     """Notes that it starts and ends, and returns the name of this run.
 
-    If it is stubborn, its first run does not obey its cancellation before another run has ended.
+    If it is stubborn, its first run takes long, lest it ends before the test can disturb it, and
+    does not obey its cancellation before another run has ended.
     """
     n, name = input["n"], f"{os.getpid()}-{next(runs)}"
     is_first = not noted(input, "starts")
     note(input["file"], f"{n} starts {name}")
     try:
-        await asyncio.sleep(STEP)
+        await asyncio.sleep(LONG if input["stubborn"] and is_first else STEP)
     except asyncio.CancelledError:
         if not (input["stubborn"] and is_first):
             raise

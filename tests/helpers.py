@@ -19,7 +19,7 @@ from psycopg.types.json import Jsonb
 from shared import Connection, Pool
 
 QUEUE = "q"
-DEADLINE = 20.0  # seconds; generous, since it is only ever reached by a test that fails
+DEADLINE = 60.0  # seconds; generous, since it is only ever reached by a test that fails
 WORKER_PROCESS = Path(__file__).parent / "worker_process.py"
 
 # For worker_process and monkeypatch: quick, and still far enough apart on a busy machine.
@@ -151,7 +151,7 @@ async def working(*workers: Any, queue: str = QUEUE) -> AsyncIterator[asyncio.Ta
     finally:
         for start in starts:
             # Again after a while: Python 3.11 may lose a cancellation, see test_shutdown.py.
-            for seconds in (5, DEADLINE):
+            for seconds in (10, DEADLINE):
                 start.cancel()
                 await asyncio.wait({start}, timeout=seconds)
         for number, handler in handlers.items():

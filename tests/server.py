@@ -34,7 +34,7 @@ def docker_answers() -> bool:
     import docker  # type: ignore[import-untyped]
 
     try:
-        docker.from_env(timeout=2).ping()
+        docker.from_env(timeout=10).ping()
     except Exception:
         # No socket, no permission, no engine behind it, a misspelt DOCKER_HOST: all mean no.
         return False

@@ -32,7 +32,7 @@ SCRIPT = Path(__file__).parent / "crash_worker.py"
 WORKERS = 2
 SETTINGS: dict[str, Any] = QUICK | {
     "HEARTBEAT_INTERVAL": 0.2,
-    "INACTIVE_AFTER": 1.5,
+    "INACTIVE_AFTER": 3.0,
     "concurrency": 4,
 }
 PATIENCE = 60.0  # seconds; reached only by a test that fails
@@ -85,13 +85,23 @@ class Shop:
 
     async def give_work(self, stubborn: bool = False) -> int:
         """Enqueue some tasks, and wait until a worker runs some; return its process id."""
+        await self._enqueue_some(stubborn)
+
+        async def at_work() -> list[int]:
+            workers = await self._at_work()
+            if not workers and await self._all_finished():
+                await self._enqueue_some()  # we were too slow to see it
+            return workers
+
+        workers: list[int] = await wait_for(at_work, "a worker is at work", PATIENCE)
+        return workers[0]
+
+    async def _enqueue_some(self, stubborn: bool = False) -> None:
         for n in range(4):
             await self._enqueue("step", stubborn and n == 0)
             if self.lesson.number >= 7:
                 self.orders += 1
                 await self._enqueue("order", is_durable=True)
-        workers: list[int] = await wait_for(self._at_work, "a worker is at work", PATIENCE)
-        return workers[0]
 
     async def _enqueue(self, name: str, stubborn: bool = False, **columns: Any) -> int:
         self.enqueued += 1

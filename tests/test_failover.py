@@ -222,7 +222,8 @@ async def test_with_asynchronous_replication_the_last_commits_are_lost_and_done_
             worker.kill()
         await pair.kill_primary()
         await pair.promote_standby()
-        async with worker_process(lesson, script=SCRIPT):
+        # Nobody is suspended here either: that costs an attempt.
+        async with worker_process(lesson, script=SCRIPT, SUSPEND_AFTER=3600.0):
             after = await finished(pool, id)
             orders = await execute(pool, "SELECT id FROM tasks WHERE task_name = 'process_order'")
             new = await shop.place()

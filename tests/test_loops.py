@@ -65,9 +65,10 @@ async def test_what_fails_at_once_is_tried_again_but_seldom(
         await wait_for(lambda: getattr(spied, loop), "it has tried once")
         began, before = time.monotonic(), getattr(spied, loop)
         await asyncio.sleep(1.2)
+        await wait_for(lambda: getattr(spied, loop) > before, "it has tried again")
         tries, seconds = getattr(spied, loop) - before, time.monotonic() - began
     # Twice: there are two loops that poll. Once more: they look when the worker begins to listen.
-    assert 1 <= tries <= 2 * (2 + seconds / 0.5)
+    assert tries <= 2 * (2 + seconds / 0.5)
 
 
 class FailsAfterOne(Spied):
@@ -100,8 +101,10 @@ async def test_a_claim_that_fails_while_more_tasks_wait_is_tried_again_but_seldo
         await finished(pool, id)
         began, before = time.monotonic(), spied.failures
         await asyncio.sleep(1.2)
+        await wait_for(lambda: spied.failures > before, "it has tried again")
         tries, seconds = spied.failures - before, time.monotonic() - began
-    assert 1 <= tries <= 2 * (1 + seconds / 0.5)
+    # As above: only now may they begin to listen.
+    assert tries <= 2 * (2 + seconds / 0.5)
 
 
 class FailsOnce(Spied):
@@ -239,7 +242,8 @@ async def test_an_answer_harms_nobody_if_its_parent_has_timed_out_meanwhile(
 
     worker = make_worker(lesson, pool, late, order, step, **QUICK)
     async with working(worker):
-        columns = {"is_durable": True, "timeout": timedelta(seconds=2)}
+        # Time enough to come to that, on a machine that stands still for a while.
+        columns = {"is_durable": True, "timeout": timedelta(seconds=5)}
         id = await enqueue(pool, "order", 1, **columns)
         await wait_for(late.on_its_way.is_set, "the answer is on its way")
         row = await finished(pool, id)
@@ -247,7 +251,7 @@ async def test_an_answer_harms_nobody_if_its_parent_has_timed_out_meanwhile(
         next_row = await finished(pool, await enqueue(pool, "order", 2, is_durable=True))
     assert (row["status"], row["output"]) == (
         "FAILED",
-        {"error": "TimeoutError: timed out after 0:00:02"},
+        {"error": "TimeoutError: timed out after 0:00:05"},
     )
     assert (next_row["status"], next_row["output"]) == ("COMPLETED", 2)
 

@@ -270,7 +270,9 @@ async def test_two_workers_never_run_the_same_task(lesson: Any, pool: Pool, quer
         runs[input] += 1
         await asyncio.sleep(0.001)
 
-    workers = [make_worker(lesson, pool, queries, count, POLL_INTERVAL=0.01) for _ in range(3)]
+    # Nobody is taken for inactive, however long this process stands still.
+    settings = {"POLL_INTERVAL": 0.01, "INACTIVE_AFTER": NO_TICK}
+    workers = [make_worker(lesson, pool, queries, count, **settings) for _ in range(3)]
     async with working(*workers):
         for n in range(200):
             await enqueue(pool, "count", n)
@@ -809,6 +811,13 @@ async def test_each_change_of_a_tasks_state_is_a_line_of_the_log(
     done = await enqueue(pool, "echo")
     failed = await enqueue(pool, "fail", max_retries=1)
     taken = await enqueue(pool, "gated")
+
+    def lines(id: int) -> list[str]:
+        name = re.escape(worker.display_name)
+        found = re.findall(rf"worker {name}, task {id}, attempt (\d+: [^,\n]+)", caplog.text)
+        # A line follows its commit, so the next attempt may be claimed, and say so, before it.
+        return sorted(found, key=lambda line: int(line.split(":")[0]))
+
     async with working(worker):
         for id in (lost, expired, done, failed):
             await finished(pool, id)
@@ -818,12 +827,12 @@ async def test_each_change_of_a_tasks_state_is_a_line_of_the_log(
         gate.open.clear()
         put_back = await enqueue(pool, "gated")
         await wait_for(lambda: gate.running, "the last one has started")
-
-    def lines(id: int) -> list[str]:
-        name = re.escape(worker.display_name)
-        found = re.findall(rf"worker {name}, task {id}, attempt (\d+: [^,\n]+)", caplog.text)
-        # A line follows its commit, so the next attempt may be claimed, and say so, before it.
-        return sorted(found, key=lambda line: int(line.split(":")[0]))
+        # Nor is the last line of a task there as soon as its outcome is.
+        last = {done: "1: COMPLETED", failed: "2: FAILED", lost: "2: COMPLETED"}
+        last |= {expired: "0: FAILED", taken: "1: is not ours any more"}
+        await wait_for(
+            lambda: all(line in lines(id) for id, line in last.items()), "all lines are there"
+        )
 
     assert lines(done) == ["1: RUNNING echo", "1: COMPLETED"]
     assert lines(failed) == ["1: RUNNING fail", "1: QUEUED", "2: RUNNING fail", "2: FAILED"]

@@ -129,9 +129,10 @@ async def test_breaks_01_loses_what_was_only_in_memory(lesson: Any, database: st
     statement = "SELECT message FROM greetings WHERE message ->> 'from' LIKE 'demo-%'"
     greetings = [row["message"] for row in rows(lesson, database, statement)]
     written = Counter(greeting["from"] for greeting in greetings)
-    # Two, unless this machine was too busy to kill it in time.
     assert len(written) == 2
-    assert all(2 <= number < 5 for number in written.values())
+    assert all(2 <= number <= 5 for number in written.values())
+    # Two, unless this machine was too busy to kill it in time.
+    assert min(written.values()) < 5
     for out in outs:
         (number,) = (number for sender, number in written.items() if repr(sender) in out)
         assert f"The other {5 - number} jobs are gone" in out

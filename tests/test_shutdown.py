@@ -34,6 +34,8 @@ pytestmark = [
 ]
 
 FOR_EVER = 3600.0
+# What a worker does when the grace is over has as long, so it may stand still for a while.
+GRACE = 5.0
 
 
 async def enqueue_and_start(
@@ -62,8 +64,9 @@ async def test_a_signal_stops_the_claims_and_lets_a_running_task_end(
 ) -> None:
     async with worker_process(lesson, concurrency=1, SHUTDOWN_GRACE=DEADLINE) as process:
         running = await enqueue_and_start(pool, tmp_path / "notes", "sleep", 1)
-        waiting = await enqueue(pool, "sleep", {"file": str(tmp_path / "no"), "seconds": 0})
         process.send_signal(number)
+        # Only now: were this process slow, the one task might end and the other begin before.
+        waiting = await enqueue(pool, "sleep", {"file": str(tmp_path / "no"), "seconds": 0})
         assert await ended(process) == 0
     row = await get_task(pool, running)
     assert (row["status"], row["output"]) == ("COMPLETED", process.pid)
@@ -74,7 +77,7 @@ async def test_a_signal_stops_the_claims_and_lets_a_running_task_end(
 async def test_a_task_that_outlives_the_grace_goes_back_to_the_queue(
     lesson: Any, pool: Pool, tmp_path: Path
 ) -> None:
-    async with worker_process(lesson, SHUTDOWN_GRACE=0.3) as process:
+    async with worker_process(lesson, SHUTDOWN_GRACE=GRACE) as process:
         id = await enqueue_and_start(pool, tmp_path / "notes", "sleep", FOR_EVER)
         process.send_signal(signal.SIGTERM)
         assert await ended(process) == 0
@@ -90,10 +93,10 @@ async def test_a_task_that_ignores_its_cancellation_cannot_keep_its_worker_from_
     lesson: Any, pool: Pool, tmp_path: Path
 ) -> None:
     file = tmp_path / "notes"
-    async with worker_process(lesson, SHUTDOWN_GRACE=0.3) as process:
+    async with worker_process(lesson, SHUTDOWN_GRACE=GRACE) as process:
         id = await enqueue_and_start(pool, file, "stubborn", FOR_EVER)
         process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(DEADLINE if lesson.number >= 10 else 3):
+        async with asyncio.timeout(DEADLINE if lesson.number >= 10 else 3 * GRACE):
             assert await process.wait() == 0
     assert "ignores" in file.read_text()
     await check_put_back(pool, id)
@@ -104,11 +107,13 @@ async def test_the_heart_beats_on_during_the_grace(
     lesson: Any, pool: Pool, queries: Any, tmp_path: Path
 ) -> None:
     """Else another worker would take the tasks that have not ended yet."""
-    other = make_worker(lesson, pool, queries, **QUICK)
+    # In QUICK it is 1 s, and the process may stand still for as long.
+    inactive: dict[str, Any] = {"INACTIVE_AFTER": 5.0}
+    other = make_worker(lesson, pool, queries, **QUICK | inactive)
     queue = "of the process"
-    process_of_its_own = worker_process(lesson, queue=queue, SHUTDOWN_GRACE=DEADLINE)
-    async with process_of_its_own as process, working(other):
-        grace = 3 * QUICK["INACTIVE_AFTER"]
+    settings = inactive | {"SHUTDOWN_GRACE": DEADLINE}
+    async with worker_process(lesson, queue=queue, **settings) as process, working(other):
+        grace = 2.5 * settings["INACTIVE_AFTER"]
         id = await enqueue_and_start(pool, tmp_path / "notes", "sleep", grace, queue=queue)
         process.send_signal(signal.SIGTERM)
         assert await ended(process) == 0
@@ -121,7 +126,8 @@ async def test_a_second_signal_ends_the_grace(lesson: Any, pool: Pool, tmp_path:
     async with worker_process(lesson, SHUTDOWN_GRACE=FOR_EVER) as process:
         id = await enqueue_and_start(pool, tmp_path / "notes", "sleep", FOR_EVER)
         process.send_signal(signal.SIGTERM)
-        await asyncio.sleep(0.3)
+        # Long enough for it to get that one, before the next: two at once would be one.
+        await asyncio.sleep(4)
         assert process.returncode is None
         process.send_signal(signal.SIGTERM)
         await ended(process)
@@ -185,7 +191,8 @@ async def test_a_second_cancellation_while_functions_tidy_up_puts_their_tasks_ba
     # Not in the middle of a claim, which a second cancellation does not wait for: if it takes the
     # task that has just been put back, others have to take that over.
     set_globals(lesson, {"POLL_INTERVAL": FOR_EVER, "HEARTBEAT_INTERVAL": FOR_EVER})
-    await asyncio.sleep(1.5)
+    for _ in range(15):  # not at one go: who stands still begins the claim only afterwards
+        await asyncio.sleep(0.1)
     for _ in range(2):
         start.cancel()
         await tidying.wait()
@@ -257,7 +264,7 @@ async def test_cancelling_one_who_waits_for_a_connection_is_never_in_vain(pool: 
             for _ in range(n % 50):
                 await asyncio.sleep(0)
             user.cancel()
-            _, pending = await asyncio.wait({user}, timeout=3)
+            _, pending = await asyncio.wait({user}, timeout=DEADLINE)
             users.extend(pending)
             assert not pending
     finally:
