@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -470,10 +471,8 @@ def test_a_faulty_schema_is_shown_and_can_be_mended(copy: Path, database: str) -
         order.until(lambda: is_finished(order), "the order is completed")
 
 
-def test_a_restart_of_the_embedded_postgres(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("DATABASE_URL", raising=False)
+def with_postgres_in(directory: Path) -> str:
+    """The code of a lab whose embedded Postgres is in this directory."""
     code = f"""
         import sys
         from functools import cache
@@ -484,7 +483,14 @@ def test_a_restart_of_the_embedded_postgres(
         from shared.__main__ import main
         main(sys.argv[1:])
     """
-    with open_lab(find_lesson("08"), code=textwrap.dedent(code)) as lab:
+    return textwrap.dedent(code)
+
+
+def test_a_restart_of_the_embedded_postgres(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    with open_lab(find_lesson("08"), code=with_postgres_in(directory)) as lab:
         lab.do("start_worker")
         page = lab.open_page()
         before = EmbeddedPostgres(directory).pid_file_lines()[0]
@@ -542,3 +548,21 @@ def test_a_port_that_is_taken_is_one_line(lab: LabProcess) -> None:
     code = "from shared.__main__ import main; main(['lab', '--no-browser', '--port', sys.argv[1]])"
     line = run_program(code, port, database_url=os.environ["DATABASE_URL"]).sole_error_line()
     assert f"Cannot listen on port {port}" in line
+
+
+def test_a_second_restart_at_the_same_time_is_refused(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+
+    def restart(lab: LabProcess) -> str:
+        try:
+            lab.do("restart_postgres")
+        except Refused as error:
+            return str(error.args[1])
+        return "restarted"
+
+    with open_lab(find_lesson("08"), code=with_postgres_in(directory)) as lab:
+        with ThreadPoolExecutor() as pool:
+            answers = list(pool.map(restart, [lab, lab]))
+        assert sorted(answers) == ["Postgres is being restarted already.", "restarted"]

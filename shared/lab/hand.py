@@ -147,6 +147,8 @@ class Hand:
         """Restart the embedded Postgres."""
         if not self.embedded:
             raise LabError("Postgres is not ours to restart: it is the one in DATABASE_URL.")
+        if self.is_restarting:
+            raise LabError("Postgres is being restarted already.")
         self.record.say("restart", "restarts Postgres")
         self.is_restarting = True
         self.touch()
