@@ -566,3 +566,11 @@ def test_a_second_restart_at_the_same_time_is_refused(
         with ThreadPoolExecutor() as pool:
             answers = list(pool.map(restart, [lab, lab]))
         assert sorted(answers) == ["Postgres is being restarted already.", "restarted"]
+
+
+def test_a_scene_that_is_left_twice_at_once(lab: LabProcess) -> None:
+    lab.do("scene", name="before-event")
+    lab.do("scene_next")  # on its way, which it has to leave first
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lab.do, ["scene_stop", "empty", "scene_stop", "empty"]))
+    assert answers == [{}] * 4

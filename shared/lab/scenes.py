@@ -216,11 +216,11 @@ class Player:
 
     async def stop(self) -> None:
         """Leave the scene. Its workers stay; its gates do not."""
-        if self._performance is not None:
-            await self._performance.end()
-            if self._performance.is_done():
-                self._played.add(self._performance.scene.name)
-            self._performance = None
+        performance, self._performance = self._performance, None  # another tab may leave it, too
+        if performance is not None:
+            await performance.end()
+            if performance.is_done():
+                self._played.add(performance.scene.name)
         await self.lab.release()
         self.lab.touch()
 
