@@ -574,3 +574,16 @@ def test_a_scene_that_is_left_twice_at_once(lab: LabProcess) -> None:
     with ThreadPoolExecutor() as pool:
         answers = list(pool.map(lab.do, ["scene_stop", "empty", "scene_stop", "empty"]))
     assert answers == [{}] * 4
+
+
+def test_a_scene_that_has_failed_was_not_played(copy: Path, database: str) -> None:
+    module = copy / "worker.py"
+    with open_lab(copy) as lab:
+        page = lab.open_page()
+        lab.do("scene", name="between")
+        module.write_text("class Worker", encoding="utf-8")
+        lab.do("scene_next")
+        page.until(lambda: (page.state["scene"] or {}).get("error"), "it cannot go on")
+        lab.do("scene_stop")
+        page.until(lambda: page.state["scene"] is None, "it is left")
+        assert not any(scene["played"] for scene in page.state["scenes"])

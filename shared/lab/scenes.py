@@ -138,7 +138,11 @@ class Performance:
 
     def is_done(self) -> bool:
         """Whether nothing follows."""
-        return self._error is not None or (self._step is not None and self._step.is_last)
+        return self._error is not None or self.is_played()
+
+    def is_played(self) -> bool:
+        """Whether it has come to its end."""
+        return self._error is None and self._step is not None and self._step.is_last
 
     def state(self) -> dict[str, Any] | None:
         """What the page shows."""
@@ -219,7 +223,7 @@ class Player:
         performance, self._performance = self._performance, None  # another tab may leave it, too
         if performance is not None:
             await performance.end()
-            if performance.is_done():
+            if performance.is_played():
                 self._played.add(performance.scene.name)
         await self.lab.release()
         self.lab.touch()
