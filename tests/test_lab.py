@@ -587,3 +587,12 @@ def test_a_scene_that_has_failed_was_not_played(copy: Path, database: str) -> No
         lab.do("scene_stop")
         page.until(lambda: page.state["scene"] is None, "it is left")
         assert not any(scene["played"] for scene in page.state["scenes"])
+
+
+def test_a_print_without_its_newline_hides_nothing(copy: Path, database: str) -> None:
+    with (copy / "worker.py").open("a", encoding="utf-8") as module:
+        module.write('print("one, ", end="")\n')
+    with open_lab(copy) as lab:
+        assert lab.do("start_worker") == {"key": "A"}
+        page = lab.open_page()
+        page.until(lambda: "one, " in [line["text"] for line in page.log], "it is shown itself")

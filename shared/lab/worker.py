@@ -24,7 +24,8 @@ from shared import database_url, load_queries, open_pool, run
 from shared.lab.functions import Functions, Gates
 from shared.lab.lesson import OpenLesson
 
-MARK = "@lab "  # begins the lines that are for the lab, not for people
+# Before what is for the lab, not for people. A line of the log has no such character in it.
+MARK = "\x1e@lab "
 SLOTS_INTERVAL = 0.25  # seconds
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
