@@ -596,3 +596,13 @@ def test_a_print_without_its_newline_hides_nothing(copy: Path, database: str) ->
         assert lab.do("start_worker") == {"key": "A"}
         page = lab.open_page()
         page.until(lambda: "one, " in [line["text"] for line in page.log], "it is shown itself")
+
+
+def test_what_editors_leave_behind_is_no_module(copy: Path, database: str) -> None:
+    (copy / "worker.old.py").write_text("class Worker", encoding="utf-8")
+    if sys.platform != "win32":
+        (copy / ".#worker.py").symlink_to("somebody@vm.1234")  # Emacs' lock leads nowhere
+    assert {"worker", "models"} < Lesson(copy).modules.keys()
+    with open_lab(copy) as lab:
+        assert lab.open_page().state["lesson"]["error"] is None
+        assert lab.do("start_worker") == {"key": "A"}
