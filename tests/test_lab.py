@@ -606,3 +606,12 @@ def test_what_editors_leave_behind_is_no_module(copy: Path, database: str) -> No
     with open_lab(copy) as lab:
         assert lab.open_page().state["lesson"]["error"] is None
         assert lab.do("start_worker") == {"key": "A"}
+
+
+def test_a_task_with_a_long_output_is_shown(database: str) -> None:
+    with open_lab(LATEST) as lab:
+        lab.do("start_worker")
+        id, page = start_order(lab, "approval")
+        lab.do("signal", task=id, name="approval", payload="long" * 1000)
+        page.until(lambda: is_finished(page), "it is completed")
+        assert "longlong" in page.state["chosen"]["task"]["output"], "and its beginning is there"
