@@ -1,5 +1,6 @@
 """The lab's server, its workers, and its safety. The page itself: test_lab_page.py."""
 
+import json
 import os
 import shutil
 import signal
@@ -608,6 +609,32 @@ def test_what_editors_leave_behind_is_no_module(copy: Path, database: str) -> No
         assert lab.do("start_worker") == {"key": "A"}
 
 
+def with_setting(module: str, name: str, value: float) -> str:
+    """The code of a lab in which a module's constant has another value."""
+    return (
+        f"import sys, shared.lab.{module} as module\nmodule.{name} = {value}\n"
+        "from shared.__main__ import main\nmain(sys.argv[1:])"
+    )
+
+
+def hold_at_the_question(lab: LabProcess) -> int:
+    """Play scene 1 until its question, when it locks durable_events; an order that has ended."""
+    lab.do("start_worker")
+    id, page = start_order(lab)
+    page.until(lambda: is_finished(page), "the order is completed")
+    lab.do("scene", name="before-event")
+    lab.do("scene_next")
+    page.until(lambda: (page.state["scene"] or {}).get("choices"), "it asks")
+    return id
+
+
+def test_a_replay_that_waits_for_a_lock_is_given_up(database: str) -> None:
+    with open_lab("07", code=with_setting("hand", "ACT_TIMEOUT", 3.0)) as lab:
+        id = hold_at_the_question(lab)
+        with pytest.raises(Refused, match=r"400.*replay has not ended within 3 s: .* a lock"):
+            lab.do("replay", task=id)
+
+
 def test_a_task_with_a_long_output_is_shown(database: str) -> None:
     with open_lab(LATEST) as lab:
         lab.do("start_worker")
@@ -615,3 +642,13 @@ def test_a_task_with_a_long_output_is_shown(database: str) -> None:
         lab.do("signal", task=id, name="approval", payload="long" * 1000)
         page.until(lambda: is_finished(page), "it is completed")
         assert "longlong" in page.state["chosen"]["task"]["output"], "and its beginning is there"
+
+
+def test_a_long_signal_arrives(database: str) -> None:
+    with open_lab(LATEST) as lab:
+        lab.do("start_worker")
+        id, page = start_order(lab, "approval")
+        arguments = {"task": id, "name": "approval", "payload": "ä" * 40_000}
+        body = json.dumps(arguments, ensure_ascii=False).encode()  # not escaped, as a browser does
+        lab.request("/api/signal", body, x_lab_token=lab.token, origin=lab.address).close()
+        page.until(lambda: is_finished(page), "it has got it")
