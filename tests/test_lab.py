@@ -652,3 +652,19 @@ def test_a_long_signal_arrives(database: str) -> None:
         body = json.dumps(arguments, ensure_ascii=False).encode()  # not escaped, as a browser does
         lab.request("/api/signal", body, x_lab_token=lab.token, origin=lab.address).close()
         page.until(lambda: is_finished(page), "it has got it")
+
+
+def test_a_fault_of_the_lab_is_answered_as_json(database: str) -> None:
+    code = """
+        import sys
+        from shared.lab.hand import Hand
+        async def clear(self):
+            raise RuntimeError("unforeseen")
+        Hand.clear = clear
+        from shared.__main__ import main
+        main(sys.argv[1:])
+    """
+    with open_lab("07", code=textwrap.dedent(code)) as lab:
+        with pytest.raises(Refused, match=r"500.*The lab has a fault: RuntimeError: unforeseen\."):
+            lab.do("clear")
+        lab.do("start_worker")

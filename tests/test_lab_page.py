@@ -446,6 +446,12 @@ def test_a_card_keeps_its_place_and_the_focus(page: Page) -> None:
     expect(page.get_by_role("button", name="Start a worker")).to_be_focused()
 
 
+def test_an_answer_that_is_no_json_is_said(page: Page) -> None:
+    page.route("**/api/enqueue", lambda route: route.fulfill(status=500, body="Internal"))
+    click(page, "An order")
+    expect(page.locator("#notice")).to_have_text(re.compile("The lab has a fault"))
+
+
 def test_the_end_of_the_lab_is_shown(page: Page, lab: LabProcess) -> None:
     expect(page.locator(".programme")).to_be_visible()
     lab.process.terminate()

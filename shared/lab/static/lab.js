@@ -145,8 +145,8 @@ async function send(name, body) {
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify(body),
   });
-  const result = await answer.json();
-  if (!answer.ok) throw new Error(result.error);
+  const result = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw new Error(result.error ?? "The lab has a fault. Its terminal says more.");
   return result;
 }
 
