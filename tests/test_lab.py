@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+import psycopg
 import pytest
 
 from lab_process import DEADLINE, LabProcess, Page, Refused, open_lab
@@ -24,6 +25,12 @@ from shared.lab.record import Record
 from shared.lessons import find_lesson
 
 LATEST = max(LESSONS.glob("[0-9][0-9]-*"))
+WAITING = """
+    SELECT count(*)
+    FROM pg_stat_activity
+    WHERE datname = current_database()
+      AND wait_event_type = 'Lock'
+"""
 
 
 @pytest.fixture
@@ -633,6 +640,20 @@ def test_a_replay_that_waits_for_a_lock_is_given_up(database: str) -> None:
         id = hold_at_the_question(lab)
         with pytest.raises(Refused, match=r"400.*replay has not ended within 3 s: .* a lock"):
             lab.do("replay", task=id)
+
+
+def test_a_lab_that_closes_leaves_its_scene_first(database: str) -> None:
+    with open_lab("07", code=with_setting("program", "CLOSING_TIME", 20)) as lab:
+        id = hold_at_the_question(lab)
+        with ThreadPoolExecutor() as pool:
+            replay = pool.submit(lab.do, "replay", task=id)
+            with psycopg.connect(database, autocommit=True) as conn:
+                # The scene's own worker, and the replay.
+                while conn.execute(WAITING).fetchone() != (2,):
+                    assert not replay.done(), "it does not wait"
+                    time.sleep(0.05)
+            lab.process.terminate()
+            assert replay.result() == {}
 
 
 def test_a_task_with_a_long_output_is_shown(database: str) -> None:
