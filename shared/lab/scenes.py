@@ -181,6 +181,7 @@ class Player:
         self.lab = lab
         self._performance: Performance | None = None
         self._played: set[str] = set()  # to their ends
+        self._leaving = asyncio.Lock()  # two tabs may want to at once
 
     def programme(self) -> list[dict[str, Any]]:
         """The scenes of the lesson, and whether they have been played."""
@@ -220,12 +221,13 @@ class Player:
 
     async def stop(self) -> None:
         """Leave the scene. Its workers stay; its gates do not."""
-        performance, self._performance = self._performance, None  # another tab may leave it, too
-        if performance is not None:
-            await performance.end()
-            if performance.is_played():
-                self._played.add(performance.scene.name)
-        await self.lab.release()
+        async with self._leaving:
+            if self._performance is not None:
+                await self._performance.end()
+                if self._performance.is_played():
+                    self._played.add(self._performance.scene.name)
+                self._performance = None
+            await self.lab.release()
         self.lab.touch()
 
     def state(self) -> dict[str, Any] | None:
