@@ -46,7 +46,8 @@ LAST = lesson_number(all_lessons()[-1])
 
 def load_modules(path: Path) -> dict[str, ModuleType]:
     """Import all modules of a lesson anew, and leave no trace of them in sys.modules."""
-    names = [file.stem for file in sorted(path.glob("*.py"))]
+    files = sorted(path.glob("*.py"))
+    names = [file.stem for file in files if file.stem.isidentifier()]  # not what editors leave
     with without_modules(names), compiling_once():
         sys.path.insert(0, str(path))
         try:

@@ -1,5 +1,6 @@
 """The lab's server, its workers, and its safety. The page itself: test_lab_page.py."""
 
+import json
 import os
 import shutil
 import signal
@@ -8,10 +9,12 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+import psycopg
 import pytest
 
 from lab_process import DEADLINE, LabProcess, Page, Refused, open_lab
@@ -22,6 +25,12 @@ from shared.lab.record import Record
 from shared.lessons import find_lesson
 
 LATEST = max(LESSONS.glob("[0-9][0-9]-*"))
+WAITING = """
+    SELECT count(*)
+    FROM pg_stat_activity
+    WHERE datname = current_database()
+      AND wait_event_type = 'Lock'
+"""
 
 
 @pytest.fixture
@@ -473,10 +482,8 @@ def test_a_faulty_schema_is_shown_and_can_be_mended(copy: Path, database: str) -
         order.until(lambda: is_finished(order), "the order is completed")
 
 
-def test_a_restart_of_the_embedded_postgres(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("DATABASE_URL", raising=False)
+def with_postgres_in(directory: Path) -> str:
+    """The code of a lab whose embedded Postgres is in this directory."""
     code = f"""
         import sys
         from functools import cache
@@ -487,7 +494,14 @@ def test_a_restart_of_the_embedded_postgres(
         from shared.__main__ import main
         main(sys.argv[1:])
     """
-    with open_lab(find_lesson("08"), code=textwrap.dedent(code)) as lab:
+    return textwrap.dedent(code)
+
+
+def test_a_restart_of_the_embedded_postgres(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    with open_lab(find_lesson("08"), code=with_postgres_in(directory)) as lab:
         lab.do("start_worker")
         page = lab.open_page()
         before = EmbeddedPostgres(directory).pid_file_lines()[0]
@@ -545,3 +559,136 @@ def test_a_port_that_is_taken_is_one_line(lab: LabProcess) -> None:
     code = "from shared.__main__ import main; main(['lab', '--no-browser', '--port', sys.argv[1]])"
     line = run_program(code, port, database_url=os.environ["DATABASE_URL"]).sole_error_line()
     assert f"Cannot listen on port {port}" in line
+
+
+def test_a_second_restart_at_the_same_time_is_refused(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+
+    def restart(lab: LabProcess) -> str:
+        try:
+            lab.do("restart_postgres")
+        except Refused as error:
+            return str(error.args[1])
+        return "restarted"
+
+    with open_lab(find_lesson("08"), code=with_postgres_in(directory)) as lab:
+        with ThreadPoolExecutor() as pool:
+            answers = list(pool.map(restart, [lab, lab]))
+        assert sorted(answers) == ["Postgres is being restarted already.", "restarted"]
+
+
+def test_a_scene_that_is_left_twice_at_once(lab: LabProcess) -> None:
+    lab.do("scene", name="before-event")
+    lab.do("scene_next")  # on its way, which it has to leave first
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lab.do, ["scene_stop", "empty", "scene_stop", "empty"]))
+    assert answers == [{}] * 4
+
+
+def test_a_scene_that_has_failed_was_not_played(copy: Path, database: str) -> None:
+    module = copy / "worker.py"
+    with open_lab(copy) as lab:
+        page = lab.open_page()
+        lab.do("scene", name="between")
+        module.write_text("class Worker", encoding="utf-8")
+        lab.do("scene_next")
+        page.until(lambda: (page.state["scene"] or {}).get("error"), "it cannot go on")
+        lab.do("scene_stop")
+        page.until(lambda: page.state["scene"] is None, "it is left")
+        assert not any(scene["played"] for scene in page.state["scenes"])
+
+
+def test_a_print_without_its_newline_hides_nothing(copy: Path, database: str) -> None:
+    with (copy / "worker.py").open("a", encoding="utf-8") as module:
+        module.write('print("one, ", end="")\n')
+    with open_lab(copy) as lab:
+        assert lab.do("start_worker") == {"key": "A"}
+        page = lab.open_page()
+        page.until(lambda: "one, " in [line["text"] for line in page.log], "it is shown itself")
+
+
+def test_what_editors_leave_behind_is_no_module(copy: Path, database: str) -> None:
+    (copy / "worker.old.py").write_text("class Worker", encoding="utf-8")
+    if sys.platform != "win32":
+        (copy / ".#worker.py").symlink_to("somebody@vm.1234")  # Emacs' lock leads nowhere
+    assert {"worker", "models"} < Lesson(copy).modules.keys()
+    with open_lab(copy) as lab:
+        assert lab.open_page().state["lesson"]["error"] is None
+        assert lab.do("start_worker") == {"key": "A"}
+
+
+def with_setting(module: str, name: str, value: float) -> str:
+    """The code of a lab in which a module's constant has another value."""
+    return (
+        f"import sys, shared.lab.{module} as module\nmodule.{name} = {value}\n"
+        "from shared.__main__ import main\nmain(sys.argv[1:])"
+    )
+
+
+def hold_at_the_question(lab: LabProcess) -> int:
+    """Play scene 1 until its question, when it locks durable_events; an order that has ended."""
+    lab.do("start_worker")
+    id, page = start_order(lab)
+    page.until(lambda: is_finished(page), "the order is completed")
+    lab.do("scene", name="before-event")
+    lab.do("scene_next")
+    page.until(lambda: (page.state["scene"] or {}).get("choices"), "it asks")
+    return id
+
+
+def test_a_replay_that_waits_for_a_lock_is_given_up(database: str) -> None:
+    with open_lab("07", code=with_setting("hand", "ACT_TIMEOUT", 3.0)) as lab:
+        id = hold_at_the_question(lab)
+        with pytest.raises(Refused, match=r"400.*replay has not ended within 3 s: .* a lock"):
+            lab.do("replay", task=id)
+
+
+def test_a_lab_that_closes_leaves_its_scene_first(database: str) -> None:
+    with open_lab("07", code=with_setting("program", "CLOSING_TIME", 20)) as lab:
+        id = hold_at_the_question(lab)
+        with ThreadPoolExecutor() as pool:
+            replay = pool.submit(lab.do, "replay", task=id)
+            with psycopg.connect(database, autocommit=True) as conn:
+                # The scene's own worker, and the replay.
+                while conn.execute(WAITING).fetchone() != (2,):
+                    assert not replay.done(), "it does not wait"
+                    time.sleep(0.05)
+            lab.process.terminate()
+            assert replay.result() == {}
+
+
+def test_a_task_with_a_long_output_is_shown(database: str) -> None:
+    with open_lab(LATEST) as lab:
+        lab.do("start_worker")
+        id, page = start_order(lab, "approval")
+        lab.do("signal", task=id, name="approval", payload="long" * 1000)
+        page.until(lambda: is_finished(page), "it is completed")
+        assert "longlong" in page.state["chosen"]["task"]["output"], "and its beginning is there"
+
+
+def test_a_long_signal_arrives(database: str) -> None:
+    with open_lab(LATEST) as lab:
+        lab.do("start_worker")
+        id, page = start_order(lab, "approval")
+        arguments = {"task": id, "name": "approval", "payload": "ä" * 40_000}
+        body = json.dumps(arguments, ensure_ascii=False).encode()  # not escaped, as a browser does
+        lab.request("/api/signal", body, x_lab_token=lab.token, origin=lab.address).close()
+        page.until(lambda: is_finished(page), "it has got it")
+
+
+def test_a_fault_of_the_lab_is_answered_as_json(database: str) -> None:
+    code = """
+        import sys
+        from shared.lab.hand import Hand
+        async def clear(self):
+            raise RuntimeError("unforeseen")
+        Hand.clear = clear
+        from shared.__main__ import main
+        main(sys.argv[1:])
+    """
+    with open_lab("07", code=textwrap.dedent(code)) as lab:
+        with pytest.raises(Refused, match=r"500.*The lab has a fault: RuntimeError: unforeseen\."):
+            lab.do("clear")
+        lab.do("start_worker")

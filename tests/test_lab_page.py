@@ -446,6 +446,39 @@ def test_a_card_keeps_its_place_and_the_focus(page: Page) -> None:
     expect(page.get_by_role("button", name="Start a worker")).to_be_focused()
 
 
+def test_an_answer_that_is_no_json_is_said(page: Page) -> None:
+    page.route("**/api/enqueue", lambda route: route.fulfill(status=500, body="Internal"))
+    click(page, "An order")
+    expect(page.locator("#notice")).to_have_text(re.compile("The lab has a fault"))
+
+
+def show(page: Page, is_shown: bool) -> None:
+    """What a browser does when its reader turns to another tab, and back. Without a window
+    every tab is seen."""
+    page.evaluate(
+        """isHidden => {
+            Object.defineProperty(document, "hidden", { value: isHidden, configurable: true });
+            document.dispatchEvent(new Event("visibilitychange"));
+        }""",
+        not is_shown,
+    )
+
+
+def test_many_tabs_do_not_hinder_each_other(page: Page, lab: LabProcess) -> None:
+    tabs = [page]
+    for _ in range(6):  # as many connections as a browser has for all of them
+        expect(tabs[-1].locator(".programme")).to_be_visible()
+        show(tabs[-1], False)
+        tabs.append(page.context.new_page())
+        tabs[-1].goto(lab.url)
+    start_worker(tabs[-1], "A")
+    expect(card(page, "A")).to_have_count(0)
+    show(page, True)
+    expect(card(page, "A").get_by_text("alive")).to_be_visible()
+    click(page, "An order")
+    expect(status_of_task(page)).to_have_text("COMPLETED")
+
+
 def test_the_end_of_the_lab_is_shown(page: Page, lab: LabProcess) -> None:
     expect(page.locator(".programme")).to_be_visible()
     lab.process.terminate()

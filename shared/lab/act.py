@@ -1,6 +1,6 @@
 """Runs a task again, or sends it a signal, with the lesson's own code:
 
-python -m shared.lab.act LESSON ACTION JSON
+python -m shared.lab.act LESSON ACTION < JSON
 
 In a process of its own, so that the code is always the one that is on the disk. It prints when that
 was, as time.time() has it.
@@ -38,4 +38,4 @@ async def act(path: Path, action: str, arguments: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(act(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])))
+    run(act(Path(sys.argv[1]), sys.argv[2], json.load(sys.stdin)))

@@ -147,6 +147,8 @@ class Hand:
         """Restart the embedded Postgres."""
         if not self.embedded:
             raise LabError("Postgres is not ours to restart: it is the one in DATABASE_URL.")
+        if self.is_restarting:
+            raise LabError("Postgres is being restarted already.")
         self.record.say("restart", "restarts Postgres")
         self.is_restarting = True
         self.touch()
@@ -250,13 +252,18 @@ class Hand:
         if action not in self.lesson.abilities:
             raise LabError(f"Lesson {self.lesson.number} has no {action} yet.")
         command = [sys.executable, "-m", "shared.lab.act", str(self.lesson.path), action]
-        result = await asyncio.to_thread(
-            subprocess.run,
-            [*command, json.dumps(arguments)],
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-            timeout=ACT_TIMEOUT,
-        )
+        try:
+            result = await asyncio.to_thread(
+                subprocess.run,
+                command,
+                input=json.dumps(arguments).encode(),  # too long for a command line
+                capture_output=True,
+                timeout=ACT_TIMEOUT,
+            )
+        except subprocess.TimeoutExpired:
+            raise LabError(
+                f"The {action} has not ended within {ACT_TIMEOUT:g} s: maybe somebody holds a lock."
+            ) from None
         if result.returncode:
             lines = result.stderr.decode(errors="replace").strip().splitlines()
             raise LabError(lines[-1] if lines else f"{action} has failed.")

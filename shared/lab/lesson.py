@@ -36,6 +36,11 @@ STATUSES = """
 """
 
 
+def modules_in(path: Path) -> list[Path]:
+    """A lesson's modules, and not what an editor has left there: worker.old.py, .#worker.py."""
+    return [file for file in sorted(path.glob("*.py")) if file.stem.isidentifier()]
+
+
 class OpenLesson:
     """A lesson, or a reader's copy of one."""
 
@@ -60,7 +65,7 @@ class OpenLesson:
 
     def syntax_error(self) -> str | None:
         """What is wrong with the first of its modules that is not Python."""
-        for file in sorted(self.path.glob("*.py")):
+        for file in modules_in(self.path):
             try:
                 compile(file.read_bytes(), str(file), "exec")
             except (SyntaxError, ValueError) as error:

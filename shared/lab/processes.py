@@ -248,9 +248,11 @@ class Processes:
     def _hear(self, worker: WorkerProcess, lines: list[bytes]) -> None:
         for raw in lines:
             line = raw.decode(errors="replace").rstrip("\r")
-            if line.startswith(MARK):
-                self._learn(worker, json.loads(line.removeprefix(MARK)))
-                continue
+            line, mark, facts = line.partition(MARK)  # a print may have left its line open
+            if mark:
+                self._learn(worker, json.loads(facts))
+                if not line:
+                    continue
             self.record.hear(worker.key, line)
             if not LINE.fullmatch(line):
                 worker.odd_lines.append(line[:MAX_TEXT])

@@ -74,10 +74,10 @@ async def lab(path: Path, port: int, with_browser: bool) -> None:
     live.begin(hand)
     await live.read()  # what the lesson has; if it is faulty, the page shows it
     token = secrets.token_urlsafe(24)
-    app = Lab(hand, live, token, port).app
+    front = Lab(hand, live, token, port)
     server = Server(
         uvicorn.Config(
-            app,
+            front.app,
             lifespan="off",
             log_config=None,
             log_level="warning",
@@ -93,16 +93,17 @@ async def lab(path: Path, port: int, with_browser: bool) -> None:
         if with_browser:
             open_browser(url)
         try:
-            await until_told(told, live, hand, server, listener)
+            await until_told(told, front, server, listener)
         finally:
             hand.processes.kill_all()
             await live.close()
 
 
 async def until_told(
-    told: asyncio.Event, live: Live, hand: Hand, server: Server, listener: socket.socket
+    told: asyncio.Event, front: Lab, server: Server, listener: socket.socket
 ) -> None:
     """Serve until told to stop, or until something fails."""
+    live, hand = front.live, front.hand
     async with asyncio.TaskGroup() as group:
         serving = group.create_task(server.serve(sockets=[listener]))
         others = [
@@ -111,6 +112,8 @@ async def until_told(
         ]
         await told.wait()
         hand.processes.kill_all()
+        # What waits for a scene's lock can end now.
+        await asyncio.wait([asyncio.create_task(front.player.stop())], timeout=CLOSING_TIME)
         live.end()
         server.should_exit = True
         with suppress(asyncio.CancelledError):

@@ -138,7 +138,11 @@ class Performance:
 
     def is_done(self) -> bool:
         """Whether nothing follows."""
-        return self._error is not None or (self._step is not None and self._step.is_last)
+        return self._error is not None or self.is_played()
+
+    def is_played(self) -> bool:
+        """Whether it has come to its end."""
+        return self._error is None and self._step is not None and self._step.is_last
 
     def state(self) -> dict[str, Any] | None:
         """What the page shows."""
@@ -177,6 +181,7 @@ class Player:
         self.lab = lab
         self._performance: Performance | None = None
         self._played: set[str] = set()  # to their ends
+        self._leaving = asyncio.Lock()  # two tabs may want to at once
 
     def programme(self) -> list[dict[str, Any]]:
         """The scenes of the lesson, and whether they have been played."""
@@ -216,12 +221,13 @@ class Player:
 
     async def stop(self) -> None:
         """Leave the scene. Its workers stay; its gates do not."""
-        if self._performance is not None:
-            await self._performance.end()
-            if self._performance.is_done():
-                self._played.add(self._performance.scene.name)
-            self._performance = None
-        await self.lab.release()
+        async with self._leaving:
+            if self._performance is not None:
+                await self._performance.end()
+                if self._performance.is_played():
+                    self._played.add(self._performance.scene.name)
+                self._performance = None
+            await self.lab.release()
         self.lab.touch()
 
     def state(self) -> dict[str, Any] | None:

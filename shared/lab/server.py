@@ -7,6 +7,7 @@ ask in a reader's name: the Host and, for actions, the Origin have to be the lab
 import asyncio
 import inspect
 import json
+import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext, suppress
@@ -47,6 +48,8 @@ HEADERS = {
 }
 
 Action = Callable[..., Awaitable[Any]]
+
+log = logging.getLogger(__name__)
 
 
 class Guard:
@@ -182,6 +185,11 @@ class Lab:
         except psycopg.Error as error:
             reason = f"The database refuses: {without_password(one_line(error))}"
             return JSONResponse({"error": reason}, status_code=400, headers=HEADERS)
+        except Exception as error:
+            log.exception("action %s", name)
+            what = f"{type(error).__name__}: {without_password(one_line(error))}"
+            reason = f"The lab has a fault: {what}. Its terminal says more."
+            return JSONResponse({"error": reason}, status_code=500, headers=HEADERS)
         return JSONResponse(result if isinstance(result, dict) else {}, headers=HEADERS)
 
     async def start_worker(

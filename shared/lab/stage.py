@@ -69,7 +69,6 @@ class Stage:
             return None
         events = await self._events(conn, id)
         chosen: dict[str, Any] = {
-            "task": self._task(rows[0], FULL),
             "lanes": self.record.lanes(id),
             "events": events,
             "children": await self._children(conn, id),
@@ -92,7 +91,8 @@ class Stage:
             chosen["payments"] = await self._payments(conn, rows[0])
         ids = [id, *(child["id"] for child in chosen["children"])]
         chosen["moments"] = self.record.moments_of(ids)
-        return {name: plain(value) for name, value in chosen.items()}
+        shown = {name: plain(value) for name, value in chosen.items()}
+        return {"task": self._task(rows[0], FULL), **shown}
 
     async def _now(self, conn: Connection) -> float:
         (row,) = await self._rows(conn, "SELECT clock_timestamp() AS now")

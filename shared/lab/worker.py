@@ -22,9 +22,10 @@ from psycopg.conninfo import make_conninfo
 
 from shared import database_url, load_queries, open_pool, run
 from shared.lab.functions import Functions, Gates
-from shared.lab.lesson import OpenLesson
+from shared.lab.lesson import OpenLesson, modules_in
 
-MARK = "@lab "  # begins the lines that are for the lab, not for people
+# Before what is for the lab, not for people. A line of the log has no such character in it.
+MARK = "\x1e@lab "
 SLOTS_INTERVAL = 0.25  # seconds
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -64,7 +65,7 @@ def die_with_the_lab() -> None:
 def import_lesson(path: Path, constants: dict[str, float]) -> dict[str, ModuleType]:
     """Import a lesson's modules, but not its program, and set constants where they are."""
     sys.path.insert(0, str(path))
-    names = [file.stem for file in sorted(path.glob("*.py")) if file.stem != "main"]
+    names = [file.stem for file in modules_in(path) if file.stem != "main"]
     modules = {name: importlib.import_module(name) for name in names}
     for module in modules.values():
         for name, value in constants.items():

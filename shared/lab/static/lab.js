@@ -25,8 +25,10 @@ let stream = null;
 /** How many seconds ago the state was true. */
 const late = () => (performance.now() - received) / 1000;
 
+/** Listen, while the tab is seen: a browser has six connections to the lab for all tabs. */
 function connect() {
   stream?.close();
+  if (document.hidden) return;
   const task = chosen == null ? "" : `task=${chosen}&`;
   stream = new EventSource(`/api/stream?${task}seen=${lastNumber()}`);
   stream.addEventListener("state", (event) => receive(JSON.parse(event.data)));
@@ -145,8 +147,8 @@ async function send(name, body) {
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify(body),
   });
-  const result = await answer.json();
-  if (!answer.ok) throw new Error(result.error);
+  const result = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw new Error(result.error ?? "The lab has a fault. Its terminal says more.");
   return result;
 }
 
@@ -207,7 +209,7 @@ document.querySelector("[role=tablist]").addEventListener("keydown", (event) => 
 });
 $("log-all").addEventListener("change", renderLog);
 addEventListener("resize", renderWhatMoves);
-document.addEventListener("visibilitychange", () => state && render());
+document.addEventListener("visibilitychange", connect);
 
 function tick() {
   if (late() > TICK / 2000) renderWhatMoves(); // else it has just been drawn
