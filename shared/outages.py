@@ -83,12 +83,15 @@ async def keep_trying(operation: Callable[[], Awaitable[T]]) -> T:
 
 
 @contextmanager
-def surviving_outage(what: str) -> Iterator[None]:
-    """Log `what` and go on behind this block if the database is away; for loops that come again."""
+def surviving_outage(what: str, *others: type[Exception]) -> Iterator[None]:
+    """Log `what` and go on behind this block if the database is away; for loops that come again.
+
+    It goes on after these other errors, too: for a block that loses nothing, however it fails.
+    """
     try:
         yield
     except Exception as error:
-        if not is_away(error):
+        if not is_away(error) and not isinstance(error, others):
             raise
         logger.warning("%s: %s", what, one_line(error))
 

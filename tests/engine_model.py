@@ -350,6 +350,11 @@ class Model:
             task = child
         for each in tasks:
             self._reset(each)
+        for each in tasks:
+            if each.task_name in SIGNALS:
+                parent = self.parent(each.id)
+                assert parent is not None
+                self._deliver(parent, each.task_name, set())
 
     def fork(self, id: int, from_event: int, held: set[int]) -> None:
         """It does not wait for children that others hold, who may be finishing them."""
@@ -408,9 +413,11 @@ class Model:
     def _reset(self, task: ModelTask) -> None:
         self._touch([task])
         self._queue(task)
-        if task.is_due is not None:
-            task.status = "SLEEPING"  # no worker runs it
         task.output, task.finished, task.overdue = None, False, None
+        if task.task_name in TIMERS:
+            task.status = "SLEEPING"  # no worker runs it
+        if task.task_name in SIGNALS:
+            task.output = {"timed_out": True}
         task.retry_count = task.lost_count = 0
 
     def _fail(self, task: ModelTask) -> None:

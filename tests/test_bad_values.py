@@ -168,6 +168,35 @@ async def test_a_value_beyond_the_limits_of_postgres_fails_its_task_and_not_the_
     assert "large" in errors
 
 
+@pytest.mark.since(7)
+async def test_a_child_task_error_without_a_proper_id_fails_its_task_and_not_the_worker(
+    lesson: Any, pool: Pool, queries: Any
+) -> None:
+    """There is no child to record. Behind it there may be another error, which has one."""
+    ids: dict[str, Any] = {"set": {1, 2}, "NaN": math.nan, "NUL": "\0", "True": True}
+
+    def spoilt(input: str) -> Any:
+        error = lesson.errors.ChildTaskError(1, "step", "no")
+        error.child_task_id = ids[input]
+        return error
+
+    async def spoil(input: Any) -> Any:
+        if input == "never made":
+            raise lesson.errors.ChildTaskError.__new__(lesson.errors.ChildTaskError)
+        raise spoilt(input)
+
+    async def spoil_one(input: Any) -> Any:
+        raise ExceptionGroup("two", [spoilt("set"), lesson.errors.ChildTaskError(7, "step", "no")])
+
+    inputs = {*ids, "never made"}
+    errors = await errors_of(lesson, pool, queries, spoil, [*inputs])
+    assert errors.keys() == inputs
+    recorded = "SELECT input FROM tasks WHERE output -> 'child_task_id' IS NOT NULL"
+    assert await execute(pool, recorded) == []
+    assert (await errors_of(lesson, pool, queries, spoil_one, ["one"])).keys() == {"one"}
+    assert await execute(pool, recorded) == [{"input": "one"}]
+
+
 # The rows that other programs put into the table
 
 

@@ -597,6 +597,40 @@ async def test_after_a_restart_of_the_server_workers_listen_again(
             assert (await finished(pool, id))["output"] == [0, 1]
 
 
+async def fill_the_queue_of_notifications(pool: Pool) -> None:
+    for _ in range(100):  # a page of 8 KiB each
+        await execute(pool, "SELECT pg_notify('others', repeat('x', 7000))")
+
+
+@pytest.mark.only(11, LAST)
+async def test_a_full_queue_of_notifications_fails_nothing_that_is_committed(
+    lesson: Any, queries: Any, own_server: EmbeddedPostgres, own_url: str
+) -> None:
+    """Somebody listens and does not read, and Postgres keeps for him as much as it may."""
+    async with await psycopg.AsyncConnection.connect(own_url, autocommit=True) as conn:
+        await conn.execute("ALTER SYSTEM SET max_notify_queue_pages = 64")  # the fewest
+    await asyncio.to_thread(own_server.restart)
+    async with (
+        open_pool(lesson.path) as pool,
+        await psycopg.AsyncConnection.connect(own_url) as idler,
+    ):
+        await idler.execute("LISTEN others")
+        await idler.commit()
+        await idler.execute("SELECT 'does not read before this transaction ends'")
+        with pytest.raises(psycopg.errors.ProgramLimitExceeded, match="NOTIFY"):
+            await fill_the_queue_of_notifications(pool)
+        # None of them can do all by itself, so they have much to tell each other.
+        parents = make_worker(lesson, pool, queries, order, concurrency=0, **QUICK)
+        steps = make_worker(lesson, pool, queries, echo, durable_concurrency=0, **QUICK)
+        id = await enqueue(pool, "order", 2, is_durable=True)
+        async with working(parents), working(steps):
+            assert (await finished(pool, id))["output"] == [0, 1]
+        for status, how in (("FAILED", "retry_task"), ("COMPLETED", "replay_task")):
+            id = await enqueue(pool, "order", 1, is_durable=True, status=status, attempt=1)
+            await getattr(lesson.rerun, how)(pool, queries, id)
+            assert (await get_task(pool, id))["status"] == "QUEUED"
+
+
 class ListensLate(Spied):
     """A task is created when its connection stands and it has not said LISTEN yet."""
 

@@ -413,6 +413,81 @@ async def test_a_timeout_that_is_none(lab: SignalLab, limit: Any, error: str) ->
     assert await lab.children(row["id"]) == []
 
 
+# Waits that were ended by hand
+
+
+async def end_by_hand(lab: SignalLab, wait: dict[str, Any]) -> None:
+    by_hand = "UPDATE tasks SET status = 'FAILED', finished_at = now() WHERE id = %s"
+    await execute(lab.pool, by_hand, wait["id"])
+
+
+async def retry(lab: SignalLab, id: int) -> None:
+    await lab.lesson.rerun.retry_task(lab.pool, lab.queries, id)
+
+
+@pytest.mark.parametrize("limit", [None, timedelta(days=1)], ids=str)
+async def test_a_retry_of_a_wait_that_was_ended_by_hand_waits_on(
+    lab: SignalLab, limit: timedelta | None
+) -> None:
+    """In the queue nobody would take it, but for a function that happens to have its name."""
+
+    async def wait_long(context: Any, input: Any) -> Any:
+        return await context.wait_for_signal("step", timeout=limit)
+
+    id = await lab.enqueue(wait_long)
+    async with working(lab.worker(wait_long)):
+        wait = await lab.waits(id, "SLEEPING")
+        await end_by_hand(lab, wait)
+        failed = await finished(lab.pool, id)
+        assert failed["output"]["error"].endswith("(step) failed: no error is recorded")
+        await retry(lab, id)
+        assert await lab.waits(id, "SLEEPING", "QUEUED", "RUNNING") == wait
+        await lab.send(id, "step", "came")
+        assert (await finished(lab.pool, id))["output"] == "came"
+    assert lab.calls == {}
+
+
+async def test_a_wait_that_was_ended_by_hand_times_out_after_a_retry(lab: SignalLab) -> None:
+    """What it then returns has to be there again."""
+
+    async def handle(context: Any, input: Any) -> Any:
+        try:
+            return await context.wait_for_signal("go", timeout=timedelta(days=1))
+        except lab.errors.SignalTimeoutError:
+            return "no answer"
+
+    id = await lab.enqueue(handle)
+    async with working(lab.worker(handle)):
+        wait = await lab.waits(id, "SLEEPING")
+        await end_by_hand(lab, wait)
+        assert (await finished(lab.pool, id))["status"] == "FAILED"
+        await execute(lab.pool, "UPDATE tasks SET wake_at = now() WHERE id = %s", wait["id"])
+        await retry(lab, id)
+        assert (await finished(lab.pool, id))["output"] == "no answer"
+
+
+async def test_a_signal_that_came_while_its_wait_was_failed_is_received_after_a_retry(
+    lab: SignalLab,
+) -> None:
+    """At any level: a task below the one that is retried has the wait. A newer signal stays."""
+
+    async def above(context: Any, input: Any) -> Any:
+        return await context.run_task("wait_once", None, is_durable=True)
+
+    id = await lab.enqueue(above)
+    async with working(lab.worker(above, wait_once)):
+        below = (await lab.waits(id, "SUSPENDED"))["id"]
+        wait = await lab.waits(below, "SLEEPING")
+    await end_by_hand(lab, wait)
+    for payload in (1, 2):
+        await lab.send(below, "go", payload)
+    async with working(lab.worker(above, wait_once)):
+        assert (await finished(lab.pool, id))["status"] == "FAILED"
+        await retry(lab, id)
+        assert (await finished(lab.pool, id))["output"] == 1
+    assert await lab.received() == [(1, 1), (2, None)]
+
+
 # What can be sent, and to whom
 
 

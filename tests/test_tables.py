@@ -156,8 +156,8 @@ SAME_FILES = {
     "notifications.py",
     "12 13": "heartbeat.py housekeeping.py children.py event_log.py errors.py models.py "
     "notifications.py",
-    "13 14": "worker.py slots.py heartbeat.py housekeeping.py children.py rerun.py event_log.py "
-    "call.py models.py notifications.py",
+    "13 14": "worker.py slots.py heartbeat.py housekeeping.py children.py event_log.py call.py "
+    "models.py notifications.py",
     "14 15": "worker.py slots.py heartbeat.py housekeeping.py children.py durable_context.py "
     "errors.py call.py notifications.py signals.py",
     "15 16": "slots.py heartbeat.py housekeeping.py rerun.py event_log.py errors.py call.py "

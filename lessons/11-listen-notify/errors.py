@@ -32,5 +32,8 @@ def is_retryable(error: BaseException) -> bool:
 
 def child_error(error: BaseException) -> ChildTaskError | None:
     """The first ChildTaskError that is part of a failure."""
-    # Of that very class: a subclass of the user's may lack the id.
-    return next((part for part in error_parts(error) if type(part) is ChildTaskError), None)
+    for part in error_parts(error):
+        # Of that very class, with an id: a subclass of the user's may lack it, a function spoil it.
+        if type(part) is ChildTaskError and type(vars(part).get("child_task_id")) is int:
+            return part
+    return None

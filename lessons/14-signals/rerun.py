@@ -31,6 +31,9 @@ async def retry_task(pool: Pool, queries: Queries, id: int) -> None:
                     "failed, so it cannot go on from there again; replay_task runs it anew"
                 )
         await queries.reset_tasks(conn, ids=ids)
+        wait = await queries.wait_again(conn, ids=ids)
+        if wait is not None:  # its signal may have come while it was FAILED
+            await queries.deliver_signal(conn, **wait)
     await tell_queue(pool, queries, task["queue"])
 
 

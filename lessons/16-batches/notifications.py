@@ -6,6 +6,8 @@ Whatever is told is only a reason to look. A notification that gets lost costs P
 import asyncio
 from uuid import UUID
 
+import psycopg
+
 from children import Children
 from models import Task
 from shared import Pool, Queries, open_connection, surviving_outage
@@ -88,7 +90,7 @@ class Notifications:
         queues, self._queues = self._queues, set()
         finished, self._finished = self._finished, set()
         self._to_tell.clear()
-        with surviving_outage("cannot notify"):
+        with surviving_outage("cannot notify", psycopg.Error):  # NOTIFY's queue may be full
             async with self.pool.connection() as conn:
                 await self.queries.notify(
                     conn, queues=list(queues), ids=list(finished), worker_id=self.worker_id
@@ -97,6 +99,6 @@ class Notifications:
 
 async def tell_queue(pool: Pool, queries: Queries, queue: str) -> None:
     """Tell the workers of a queue, after a commit: if that fails, nothing else has failed."""
-    with surviving_outage("cannot notify"):
+    with surviving_outage("cannot notify", psycopg.Error):  # NOTIFY's queue may be full
         async with pool.connection() as conn:
             await queries.notify(conn, queues=[queue], ids=[], worker_id=None)

@@ -503,6 +503,17 @@ SET status = CASE WHEN wake_at IS NULL THEN 'QUEUED' ELSE 'SLEEPING' END::task_s
     lost_count = 0
 WHERE id = ANY (:ids);
 
+-- name: wait_again(ids)^
+-- If one of these, just reset, is a wait for a signal, it waits on. Nobody would claim it either.
+UPDATE tasks
+SET status = 'SLEEPING',
+    output = '{"timed_out": true}'
+FROM durable_events AS event
+WHERE event.child_task_id = tasks.id
+  AND event.kind = 'SIGNAL_AWAITED'
+  AND tasks.id = ANY (:ids)
+RETURNING event.task_id, tasks.task_name AS name;
+
 -- name: lock_children(ids, from_event)
 -- A child that somebody else holds is about to end, or to run. We do not wait for whoever holds it,
 -- since they may be waiting for us; we treat the child as RUNNING.

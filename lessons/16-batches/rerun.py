@@ -32,6 +32,9 @@ async def retry_task(pool: Pool, queries: Queries, id: int) -> None:
                     f"{row['event_id']} of its log, where that child began"
                 )
         await queries.reset_tasks(conn, ids=ids)
+        wait = await queries.wait_again(conn, ids=ids)
+        if wait is not None:  # its signal may have come while it was FAILED
+            await queries.deliver_signal(conn, **wait)
     await tell_queue(pool, queries, task["queue"])
 
 
