@@ -149,6 +149,48 @@ def test_a_stale_pid_file_does_not_matter(content: str, directory: Path) -> None
         other.kill()
 
 
+async def test_a_server_that_was_killed_elsewhere_is_left_alone_until_one_says_so(
+    directory: Path,
+) -> None:
+    server = EmbeddedPostgres(directory)
+    make_table(server.start())
+    server.execute("pg_ctl", "kill", "KILL", server.pid_file_lines()[0])
+    await wait_for(lambda: not server.is_running(), "the server is gone")
+    server.place.write_text("container pid:[1]")
+    line = outcome(start_program(USER, directory)).sole_error_line()
+    assert "(container pid:[1])" in line
+    assert f"delete {server.place}." in line
+    assert "delete that directory" not in line
+    server.place.unlink()
+    User(directory).end()
+    assert has_table(server.start())
+    server.stop()
+    # One that was shut down is anybody's.
+    server.place.write_text("container pid:[1]")
+    User(directory).end()
+
+
+CONTAINER = ["unshare", "--pid", "--fork", "--mount-proc"]
+
+
+def test_a_container_does_not_start_a_second_server_on_the_same_data(directory: Path) -> None:
+    if not shutil.which("unshare") or subprocess.run([*CONTAINER, "true"]).returncode:
+        pytest.skip("a container can be made only by root on Linux, and not in every container")
+    outside = User(directory)
+    make_table(outside.url)
+    program = [sys.executable, "-c", f"import sys\nfrom shared import *\n{USER}", str(directory)]
+    inside = subprocess.run(
+        [*CONTAINER, *program],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert inside.returncode == 1
+    assert "another container" in inside.stderr
+    assert has_table(outside.url)
+    assert outside.end() == ""
+
+
 NAMES = ["x" * 120, "it's 100% $HOME", "a,b", "ä ö", os.fsdecode(b"caf\xe9")]
 
 
