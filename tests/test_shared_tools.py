@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -43,7 +44,9 @@ def tool(*arguments: str) -> Outcome:
 
 
 @contextmanager
-def tool_in_terminal(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def tool_in_terminal(
+    *arguments: str, columns: int = 100, lines: int = 50
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """The same in a terminal, whose other end is a file descriptor."""
     mine, its = pty.openpty()
     with subprocess.Popen(
@@ -51,7 +54,8 @@ def tool_in_terminal(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes],
         stdin=its,
         stdout=its,
         stderr=its,
-        env=os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "50", "PAGER": "cat"},
+        env=os.environ
+        | {"TERM": "xterm", "COLUMNS": str(columns), "LINES": str(lines), "PAGER": "cat"},
         start_new_session=True,
     ) as process:
         os.close(its)
@@ -196,6 +200,37 @@ def test_watch_shows_workers_and_events(database: str) -> None:
         assert text in shown
     (worker,) = [line for line in shown.splitlines() if "host:1" in line]
     assert float(worker.split()[2]) >= 3600
+
+
+MANY_ROWS = """
+CREATE TABLE lesson_07.signals (
+    id BIGINT, task_id BIGINT, name TEXT, payload JSONB, received_by UUID
+);
+INSERT INTO lesson_07.tasks
+SELECT 123456000 + n, now(), 'q', 'process_order', to_jsonb(repeat('x', 200)), NULL, 'COMPLETED',
+    1, 0, 0, 1, true
+FROM generate_series(1, 30) AS n;
+INSERT INTO lesson_07.durable_events
+SELECT 123456030, n, 'STEP_COMPLETED', now() + n * INTERVAL '1 s', 'key-' || n, NULL
+FROM generate_series(1, 30) AS n;
+INSERT INTO lesson_07.signals VALUES (77, 1, 'approve', '"the last"', NULL);
+"""
+
+
+def test_watch_shows_all_tables_in_a_small_terminal(database: str) -> None:
+    with psycopg.connect(database) as conn:
+        conn.execute((LESSON_07 + MANY_ROWS).encode())
+        row = conn.execute("SELECT id::text FROM lesson_07.workers").fetchone()
+    assert row
+    with tool_in_terminal("watch", "07", columns=80, lines=24) as (_, terminal):
+        shown = read_until(terminal, "the last")
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    for text in ["123456030 ", "123456029 ", "key-30", "key-29", row[0], "approve"]:
+        assert text in shown
+    for title in ["lost", "child_task_id", "received_by"]:  # nothing is in these
+        assert title not in shown
 
 
 LESSON_13 = """
