@@ -87,6 +87,17 @@ def test_words_that_changed_are_marked_and_the_rest_is_folded(tmp_path: Path) ->
     assert ("compute", "n") in [(text, kind) for text, kind, _ in changed["right"]["spans"]]
 
 
+@pytest.mark.parametrize(
+    "text", ["", "\n", "a\n\n", "a\x0c\x0b\x1c\u2028b\nc", "\r\n\ra\r"], ids=ascii
+)
+def test_only_newlines_end_lines(text: str, tmp_path: Path) -> None:
+    old, new = small(tmp_path / "01-old", text), small(tmp_path / "02-new", text + "x")
+    (file,) = compare(old, new)["files"]
+    text = (old / "worker.py").read_text(encoding="utf-8")
+    assert text_of(file["rows"], "left") == (text.removesuffix("\n").split("\n") if text else [])
+    assert text_of(file["rows"], "right") == (text + "x").split("\n")
+
+
 CODE = "from shared.__main__ import main; main(['diff', *sys.argv[1:]])"
 
 
