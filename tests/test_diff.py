@@ -1,6 +1,9 @@
 """python -m shared diff: two lessons side by side."""
 
 import re
+import signal
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -115,3 +118,31 @@ def test_the_command_prints_it_and_refuses_in_one_line() -> None:
     assert outcome.status == 0
     assert "children.py (added)" in outcome.stdout
     assert "There is no lesson 99" in run_program(CODE, "06", "99").sole_error_line()
+
+
+DIFF = [sys.executable, "-m", "shared", "diff", "06", "07"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
+def test_ctrl_c_ends_it_without_a_traceback() -> None:
+    # More than fits in a pipe, so it is not at its end.
+    with subprocess.Popen(DIFF, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate()
+    assert (process.returncode, stderr) == (130, b"")
+
+
+def test_an_encoding_without_its_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    result = subprocess.run(DIFF, capture_output=True)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"main.py (changed)" in result.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+def test_a_full_disk_is_one_clear_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(DIFF, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (1, "Cannot write the output: disk full\n")

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -292,6 +293,80 @@ def test_the_environment_may_be_about_another_server(
     result = subprocess.run(psql, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     # Debian's psql, a program in Perl, complains of the locale.
     assert (result.returncode, result.stdout) == (0, "0\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
+def test_psql_says_what_takes_so_long_and_can_be_interrupted_meanwhile(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(repository))
+    shutil.rmtree(repository / ".postgres" / "data")
+    with subprocess.Popen(
+        [*PSQL, "SELECT 1"], cwd=repository, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not list((repository / ".postgres").glob("init-*/*")):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate()
+    assert process.returncode == 130
+    (line,) = stderr.splitlines()
+    assert "creating an embedded Postgres" in line
+    assert not EmbeddedPostgres(repository / ".postgres").is_running()
+
+
+PSQL = [sys.executable, "-m", "shared", "psql", "-X", "-c"]
+SLEEPING = ["SELECT 'ready'", "-c", "SELECT pg_sleep(60)"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
+def test_psql_that_is_ended_leaves_no_server(
+    name: str, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(repository))
+    with subprocess.Popen(
+        [*PSQL, *SLEEPING], cwd=repository, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        while "ready" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.Signals[name])
+    assert process.returncode == 128 + signal.Signals[name]
+    assert not EmbeddedPostgres(repository / ".postgres").is_running()
+
+
+WAITING = """
+from pathlib import Path
+
+async def main():
+    EmbeddedPostgres(Path(sys.argv[1])).start()
+    print("ready", flush=True)
+    try:
+        await asyncio.sleep(3)
+    finally:
+        print("left", flush=True)
+
+run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_the_end_of_the_terminal_ends_a_program_and_its_server(
+    is_ignored: bool, directory: Path
+) -> None:
+    nohup = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" if is_ignored else ""
+    process = start_program(nohup + WAITING, directory)
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(3):  # a shell repeats it
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+    end = outcome(process)
+    assert (end.status, end.stdout) == (0 if is_ignored else 129, "left\n"), end.stderr
+    assert not EmbeddedPostgres(directory).is_running()
 
 
 def test_a_server_is_created_whatever_the_environment_says(

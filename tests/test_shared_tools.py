@@ -94,6 +94,10 @@ def test_psql_without_a_lesson(database: str) -> None:
     assert end.stdout.strip() == f"public|{psycopg.conninfo.conninfo_to_dict(database)['dbname']}"
 
 
+def test_psql_lets_one_think_within_a_transaction(database: str) -> None:
+    assert tool("psql", "-Atc", "SHOW idle_in_transaction_session_timeout").stdout == "0\n"
+
+
 def test_psql_passes_on_the_exit_status(tasks: None, tmp_path: Path) -> None:
     (tmp_path / "script.sql").write_text("SELECT 1/0;")
     end = tool("psql", "2", "-v", "ON_ERROR_STOP=1", "-f", str(tmp_path / "script.sql"))
