@@ -183,6 +183,9 @@ class EmbeddedPostgres:
         self.let_in()
         for leftover in self.directory.glob("init-*"):  # of a creation that was killed
             shutil.rmtree(leftover, ignore_errors=True)
+        _, data, _, _, socket_directory, *_ = self.pid_file_lines()
+        if os.path.exists(data) and self.data.samefile(data):  # else a copy: another server's file
+            remove_private(Path(socket_directory))
         # The process id in these may be another program's by now, and keep Postgres from starting.
         for name in ["postmaster.pid", ".s.PGSQL.5432.lock"]:
             (self.data / name).unlink(missing_ok=True)
@@ -215,8 +218,7 @@ class EmbeddedPostgres:
         """Stop the running server, whoever uses it."""
         socket_directory = Path(self.pid_file_lines()[4])
         self.execute("pg_ctl", "stop", "-D", "data", "-m", "fast", *WAIT)
-        if socket_directory.name.startswith(SOCKET_PREFIX):
-            shutil.rmtree(socket_directory, ignore_errors=True)
+        remove_private(socket_directory)
 
     def restart(self) -> None:
         """Stop the running server and start it at the same address, whoever uses it.
@@ -327,6 +329,12 @@ class EmbeddedPostgres:
             complaints = errors.read().split("\n")
         if result.returncode:
             raise OSError(f"{program}: {' '.join(complaints).strip()}")
+
+
+def remove_private(socket_directory: Path) -> None:
+    """Remove the directory of a server's socket, unless that is the data directory."""
+    if socket_directory.name.startswith(SOCKET_PREFIX):
+        shutil.rmtree(socket_directory, ignore_errors=True)
 
 
 def process_space() -> str:

@@ -206,6 +206,23 @@ def test_any_path_will_do(name: str, directory: Path) -> None:
     assert socket_directory.exists() == (socket_directory == server.data)
 
 
+def test_a_killed_server_leaves_no_directory_of_its_socket(directory: Path) -> None:
+    server = EmbeddedPostgres(directory.rename(directory.with_name("a,b")))
+    server.start()
+    _, _, _, _, socket_directory, *_ = server.pid_file_lines()
+    server.execute("pg_ctl", "kill", "KILL", server.pid_file_lines()[0])
+    while server.is_running():
+        time.sleep(0.01)
+    # A copy has the same pid file, and may be started while the original runs.
+    subprocess.run(["cp", "-a", server.directory, directory.with_name("c,d")], check=True)
+    User(directory.with_name("c,d")).end()
+    assert Path(socket_directory).exists()
+    server.start()
+    assert server.pid_file_lines()[4] != socket_directory
+    assert not Path(socket_directory).exists()
+    server.stop()
+
+
 def test_a_temporary_directory_with_a_long_path_will_do(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
