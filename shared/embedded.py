@@ -108,7 +108,7 @@ class EmbeddedPostgres:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory.resolve()
+        self.directory = Path(os.path.realpath(directory))  # resolve() may raise
         self.data = self.directory / "data"
         self.users = fasteners.InterProcessReaderWriterLock(self.directory / "users.lock")
         self.place = self.directory / "place"  # where the server was started last

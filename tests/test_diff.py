@@ -118,6 +118,7 @@ def test_the_command_prints_it_and_refuses_in_one_line() -> None:
     assert outcome.status == 0
     assert "children.py (added)" in outcome.stdout
     assert "There is no lesson 99" in run_program(CODE, "06", "99").sole_error_line()
+    assert "There is no directory xx" in run_program(CODE, "06", 300 * "x").sole_error_line()
 
 
 DIFF = [sys.executable, "-m", "shared", "diff", "06", "07"]

@@ -576,6 +576,13 @@ def test_a_file_in_the_way_is_one_clear_line(place: Path) -> None:
     assert f"File exists: {place.resolve() / 'file'}" in line
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a permission")
+def test_a_link_to_itself_is_one_clear_line(place: Path) -> None:
+    (place / "link").symlink_to(place / "link")
+    line = outcome(start_program(USER, place / "link")).sole_error_line()
+    assert str(place.resolve() / "link") in line
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limits")
 def test_a_failed_creation_leaves_nothing_to_delete(place: Path) -> None:
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"

@@ -296,3 +296,10 @@ def test_an_unreachable_database_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     line = tool("watch", "02").sole_error_line()
     assert "Cannot connect" in line
     assert "secret" not in line
+
+
+def test_usage_without_docstrings() -> None:
+    command = [sys.executable, "-OO", "-m", "shared", "nonsense"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "shared/README.md" in result.stderr
