@@ -24,15 +24,23 @@ from shared.database import conninfo
 from shared.diff import show
 from shared.embedded import programs
 from shared.lessons import find_lesson
-from shared.runtime import run
+from shared.runtime import hangup, run, set_up_logging, writing_to_stdout
 from shared.send import send
 from shared.watch import watch
+
+# What ends psql, and so this program, which has the embedded Postgres to stop.
+ENDING = [signal.SIGTERM, *hangup()]
 
 
 def psql(schema: str, arguments: list[str]) -> int:
     """Run psql on the lessons' database; return its exit status."""
+    set_up_logging()  # the creation of the embedded Postgres takes a while
+    for number in ENDING:
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     # In the environment, since everybody can read the command line, and so a password in it.
     settings = conninfo_to_dict(conninfo(schema))
+    # Who types may think, in the middle of a transaction, for as long as they like.
+    settings["options"] = f"{settings['options']} -c idle_in_transaction_session_timeout=0"
     variables = {
         option.envvar.decode(): str(settings[option.keyword.decode()])
         for option in Conninfo.get_defaults()
@@ -41,7 +49,10 @@ def psql(schema: str, arguments: list[str]) -> int:
     program = shutil.which("psql") or programs() / "psql"
     # Ctrl-C is for psql, which cancels a query with it and would inherit SIG_IGN.
     signal.signal(signal.SIGINT, lambda number, frame: None)
-    status = subprocess.call([program, *arguments], env=os.environ | variables)
+    with subprocess.Popen([program, *arguments], env=os.environ | variables) as process:
+        for number in ENDING:
+            signal.signal(number, lambda number, frame: process.send_signal(number))
+        status = process.wait()
     return status if status >= 0 else 128 - status
 
 
@@ -79,12 +90,16 @@ def main(arguments: list[str]) -> None:
         case ["lab", *rest]:
             open_lab(rest)
         case ["diff", old, new]:
-            show(find_lesson(old), find_lesson(new))
+            with writing_to_stdout():
+                show(find_lesson(old), find_lesson(new))
         case ["signal", number, task_id, name, *payload] if number.isdecimal() and not payload[1:]:
             run(send(number, task_id, name, *payload or ["null"]))
         case _:
-            sys.exit(__doc__)
+            sys.exit(__doc__ or "How to call it is in shared/README.md.")  # with python -OO
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -88,7 +88,8 @@ def home(word: str, names: set[str], lesson: Path) -> str | None:
 
 def rows(name: str, old: str | None, new: str | None) -> Iterator[Row]:
     """The rows of one file, with the unchanged stretches folded."""
-    sides = [(text or "").splitlines() for text in (old, new)]
+    # Not with splitlines: it also ends lines where Pygments does not, at a form feed for example.
+    sides = [text.removesuffix("\n").split("\n") if text else [] for text in (old, new)]
     colours = [list(coloured(name, text or "")) for text in (old, new)]
     pairs = list(aligned(*sides))
     stretch: list[Row] = []

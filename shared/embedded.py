@@ -8,6 +8,7 @@ a space in it. Here the users of a server hold a file lock, which the kernel tak
 import atexit
 import logging
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -94,6 +95,10 @@ def is_fit_for_socket(directory: Path) -> bool:
     return len(path) <= MAX_SOCKET_PATH and b"," not in path
 
 
+class RunsElsewhere(OSError):
+    """The server runs, or was killed, where its process cannot be seen from here."""
+
+
 class EmbeddedPostgres:
     """A Postgres server in a directory, shared by all the programs that use that directory.
 
@@ -103,9 +108,10 @@ class EmbeddedPostgres:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory.resolve()
+        self.directory = Path(os.path.realpath(directory))  # resolve() may raise
         self.data = self.directory / "data"
         self.users = fasteners.InterProcessReaderWriterLock(self.directory / "users.lock")
+        self.place = self.directory / "place"  # where the server was started last
         self.starting = fasteners.InterProcessLock(self.directory / "start.lock")
 
     def start(self) -> str:
@@ -138,6 +144,8 @@ class EmbeddedPostgres:
         remedy = "Set DATABASE_URL to use another Postgres"
         if "No space left" in reason:
             remedy = f"Make room on that disk. {remedy}, if you prefer"
+        elif isinstance(error, RunsElsewhere):
+            remedy = f"End that, or, if that place is gone, delete {self.place}. {remedy}"
         elif in_the_way or os.path.exists(self.data):
             remedy += ", or delete that directory, with the data in it, and start again"
         return f"Cannot start the embedded Postgres in {self.directory}: {reason}. {remedy}."
@@ -171,9 +179,13 @@ class EmbeddedPostgres:
         if version != str(pgserver().TARGET_POSTGRES_VERSION):
             ours = pgserver().TARGET_POSTGRES_VERSION
             raise OSError(f"its data is of Postgres {version}, not {ours}")
+        self.check_place()
         self.let_in()
         for leftover in self.directory.glob("init-*"):  # of a creation that was killed
             shutil.rmtree(leftover, ignore_errors=True)
+        _, data, _, _, socket_directory, *_ = self.pid_file_lines()
+        if os.path.exists(data) and self.data.samefile(data):  # else a copy: another server's file
+            remove_private(Path(socket_directory))
         # The process id in these may be another program's by now, and keep Postgres from starting.
         for name in ["postmaster.pid", ".s.PGSQL.5432.lock"]:
             (self.data / name).unlink(missing_ok=True)
@@ -189,12 +201,24 @@ class EmbeddedPostgres:
             reasons = re.findall("(?:FATAL|PANIC): +(.*)", log) or [f"see {LOG} in it"]
             raise OSError(reasons[-1]) from None
 
+    def check_place(self) -> None:
+        """Note where the server is about to run. The caller sees none that does.
+
+        Raises RunsElsewhere if one may run in a container, or outside of ours, or on another
+        machine that shares this directory. Two servers on one directory destroy the data.
+        """
+        here = process_space()
+        noted = self.place.read_text(errors="replace") if self.place.exists() else here
+        if noted != here and self.pid_file.exists():
+            raise RunsElsewhere(f"a program in another container or machine ({noted}) may use it")
+        if noted != here or not self.place.exists():
+            self.place.write_text(here)
+
     def shut_down(self) -> None:
         """Stop the running server, whoever uses it."""
         socket_directory = Path(self.pid_file_lines()[4])
         self.execute("pg_ctl", "stop", "-D", "data", "-m", "fast", *WAIT)
-        if socket_directory.name.startswith(SOCKET_PREFIX):
-            shutil.rmtree(socket_directory, ignore_errors=True)
+        remove_private(socket_directory)
 
     def restart(self) -> None:
         """Stop the running server and start it at the same address, whoever uses it.
@@ -305,6 +329,18 @@ class EmbeddedPostgres:
             complaints = errors.read().split("\n")
         if result.returncode:
             raise OSError(f"{program}: {' '.join(complaints).strip()}")
+
+
+def remove_private(socket_directory: Path) -> None:
+    """Remove the directory of a server's socket, unless that is the data directory."""
+    if socket_directory.name.startswith(SOCKET_PREFIX):
+        shutil.rmtree(socket_directory, ignore_errors=True)
+
+
+def process_space() -> str:
+    """Two programs see each other's processes if this is the same for both: machine, container."""
+    namespace = Path("/proc/self/ns/pid")
+    return f"{platform.node()} {os.readlink(namespace) if namespace.exists() else ''}".strip()
 
 
 def owner(path: Path) -> str:

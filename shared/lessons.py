@@ -1,5 +1,6 @@
 """Where the lessons are."""
 
+import os
 import re
 from pathlib import Path
 
@@ -23,8 +24,11 @@ def find_lesson(name: str) -> Path:
             raise SystemExit(f"There is no lesson {name}; the last one is {last}.")
         return found
     path = Path(name)
-    if not path.is_dir():
+    # Not with Path.is_dir, which may raise: for a name that is too long, or where one may not look.
+    if not os.path.isdir(path):
         raise SystemExit(f"There is no directory {name}.")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise SystemExit(f"The directory {name} may not be read.")
     if not re.match("[0-9]", path.resolve().name):
         raise SystemExit(
             f"{path.resolve().name}: the name of a lesson's directory must begin with its number, "

@@ -49,16 +49,14 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 
     The first SIGINT or SIGTERM cancels it, and the program ends with status 130 or 143; the second
     one raises SystemExit wherever the program is; the third ends the process on the spot, without
-    any cleaning up (unless it is inside a C function that never looks for signals).
+    any cleaning up (unless it is inside a C function that never looks for signals). The end of the
+    terminal, SIGHUP, counts as one signal, with status 129.
 
     Unlike asyncio.run it does not wait for ever for tasks that ignore their cancellation: they are
     abandoned after ABANDON_AFTER seconds. Nor does the program, as it ends, for threads: not longer
     than LEAVE_THREADS_AFTER seconds. An outage of the database that reaches it is one line.
     """
     set_up_logging()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal or pipe whose encoding lacks a character gets a question mark.
-        sys.stdout.reconfigure(errors="replace")
     try:
         with writing_to_stdout():
             run_loop(main)
@@ -81,6 +79,10 @@ def run_loop(main: Coroutine[Any, Any, None]) -> None:
     received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if number not in STOP_SIGNALS:
+            if number in received:
+                return  # the terminal and its shell each send a SIGHUP
+            ending.callback(signal.signal, number, signal.SIG_IGN)
         received.append(number)
         if len(received) > 2:
             os._exit(128 + number)
@@ -89,7 +91,7 @@ def run_loop(main: Coroutine[Any, Any, None]) -> None:
         if not loop.is_closed():
             loop.call_soon_threadsafe(task.cancel)
 
-    with signal_handler(stop):
+    with ExitStack() as ending, signal_handler(stop, *hangup()):
         try:
             loop.run_until_complete(task)
         except asyncio.CancelledError:
@@ -133,9 +135,11 @@ def only_outage(error: Exception) -> str | None:
 def writing_to_stdout() -> Iterator[None]:
     """Write out, at the end of this block, what has been printed.
 
-    Raises SystemExit if that cannot be done: with one line, or without any if nobody reads it any
-    more, as with `| head`.
+    A terminal or pipe whose encoding lacks a character gets a question mark. Raises SystemExit if
+    it cannot be written: with one line, or without any if nobody reads it any more (`| head`).
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         try:
             yield
@@ -251,10 +255,17 @@ def stop_signals(first: Callable[[], object], second: Callable[[], object]) -> I
 in_force: list[tuple[Handler, dict[signal.Signals, Any]]] = []
 
 
+def hangup() -> list[signal.Signals]:
+    """SIGHUP, with which a terminal ends: not on Windows, and not if it is ignored (nohup)."""
+    number = getattr(signal, "SIGHUP", None)
+    return [number] if number and signal.getsignal(number) is not signal.SIG_IGN else []
+
+
 @contextmanager
-def signal_handler(handler: Handler) -> Iterator[None]:
-    """Handle SIGINT and SIGTERM within this block."""
-    previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+def signal_handler(handler: Handler, *others: signal.Signals) -> Iterator[None]:
+    """Handle SIGINT and SIGTERM within this block, and others if given."""
+    numbers = [*STOP_SIGNALS, *others]
+    previous = {number: signal.signal(number, handler) for number in numbers}
     in_force.append((handler, previous))
     try:
         yield
@@ -276,7 +287,7 @@ mask = threading.local()
 
 def hold_signals() -> None:
     """Before a fork: a signal for the child must not come while the child has our handlers yet."""
-    mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, [*STOP_SIGNALS, *hangup()])
 
 
 def release_signals() -> None:

@@ -16,6 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
+import psycopg
+
 from readme_checks.consoles import Run, Script, run_problems, run_script, scripts
 from readme_checks.diagrams import diagram_problems, mermaid_is_missing
 from readme_checks.parsing import Problem, Readme, read_readme, readme_names
@@ -128,12 +130,16 @@ def main() -> None:
     parser.add_argument("readmes", nargs="*", type=Path, metavar="README")
     arguments = parser.parse_args()
     for path in arguments.readmes:
-        if not path.is_file() or ROOT not in path.resolve().parents:
+        if path.suffix != ".md" or not path.is_file() or ROOT not in path.resolve().parents:
             parser.error(f"{path} is not a README of this repository")
     names = [path.resolve().relative_to(ROOT).as_posix() for path in arguments.readmes]
     readmes = [read_readme(ROOT, name) for name in names or readme_names(ROOT)]
     command = check if arguments.what == "check" else refresh
     with running_server(os.environ) as (_, url):
+        try:
+            psycopg.connect(url).close()
+        except psycopg.Error:  # which may quote the password
+            sys.exit("There is no Postgres at TEST_DATABASE_URL.")
         sys.exit(1 if command(readmes, url) else 0)
 
 

@@ -81,3 +81,10 @@ def test_peers_are_compared_round_by_round() -> None:
     assert (other["noop_times_min"], other["noop_times"], other["noop_times_max"]) == (0.5, 2, 5)
     assert other["orders_times"] == 3
     assert "noop_times" not in figures(book)["lesson 16"]
+
+
+def test_a_directory_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "run.py"), "--json", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert f"{tmp_path} is a directory" in result.stderr

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lesson_loader import LAST
+from lesson_loader import LAST, all_lessons
 
 RUN = Path(__file__).parent / "chaos" / "run.py"
 
@@ -35,3 +35,19 @@ def test_no_crash_loses_or_repeats_a_step_of_an_order(lesson: Any) -> None:
         chaos.terminate()
         chaos.wait()
     assert status == 0, f"CHAOS_SEED={seed} gives the same faults again"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--lesson", "lessons"],
+        ["--lesson", all_lessons()[2]],
+        ["--workers", "0"],
+        ["--inactive-after", "0"],
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_refused(arguments: list[str | Path]) -> None:
+    result = subprocess.run([sys.executable, RUN, *arguments], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "run.py: error: " in result.stderr

@@ -1,6 +1,9 @@
 """python -m shared diff: two lessons side by side."""
 
 import re
+import signal
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -87,6 +90,17 @@ def test_words_that_changed_are_marked_and_the_rest_is_folded(tmp_path: Path) ->
     assert ("compute", "n") in [(text, kind) for text, kind, _ in changed["right"]["spans"]]
 
 
+@pytest.mark.parametrize(
+    "text", ["", "\n", "a\n\n", "a\x0c\x0b\x1c\u2028b\nc", "\r\n\ra\r"], ids=ascii
+)
+def test_only_newlines_end_lines(text: str, tmp_path: Path) -> None:
+    old, new = small(tmp_path / "01-old", text), small(tmp_path / "02-new", text + "x")
+    (file,) = compare(old, new)["files"]
+    text = (old / "worker.py").read_text(encoding="utf-8")
+    assert text_of(file["rows"], "left") == (text.removesuffix("\n").split("\n") if text else [])
+    assert text_of(file["rows"], "right") == (text + "x").split("\n")
+
+
 CODE = "from shared.__main__ import main; main(['diff', *sys.argv[1:]])"
 
 
@@ -104,3 +118,32 @@ def test_the_command_prints_it_and_refuses_in_one_line() -> None:
     assert outcome.status == 0
     assert "children.py (added)" in outcome.stdout
     assert "There is no lesson 99" in run_program(CODE, "06", "99").sole_error_line()
+    assert "There is no directory xx" in run_program(CODE, "06", 300 * "x").sole_error_line()
+
+
+DIFF = [sys.executable, "-m", "shared", "diff", "06", "07"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
+def test_ctrl_c_ends_it_without_a_traceback() -> None:
+    # More than fits in a pipe, so it is not at its end.
+    with subprocess.Popen(DIFF, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate()
+    assert (process.returncode, stderr) == (130, b"")
+
+
+def test_an_encoding_without_its_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    result = subprocess.run(DIFF, capture_output=True)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"main.py (changed)" in result.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+def test_a_full_disk_is_one_clear_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(DIFF, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (1, "Cannot write the output: disk full\n")

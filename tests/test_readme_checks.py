@@ -17,7 +17,7 @@ from readme_checks.parsing import Readme, read_readme, slugs
 from readme_checks.snippets import ledger_problems, snippet_problems
 from readme_checks.structure import HEADINGS, link_problems, structure_problems
 from readme_checks.whole import whole_problems
-from readmes import refresh, script_problems
+from readmes import ROOT, refresh, script_problems
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git tells which files there are")
 
@@ -394,3 +394,23 @@ def test_a_diagram_that_is_wrong(root: Path) -> None:
     wrong = block("mermaid", "flowchart LR", "    a[x --> b")
     (problem,) = diagram_problems(write(root, right + wrong))
     assert problem.line == 6
+
+
+PROGRAM = ROOT / "tests" / "readmes.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["check", PROGRAM], 2, "is not a README of this repository"),
+        (["check", ROOT / "README.md"], 1, "There is no Postgres at TEST_DATABASE_URL."),
+    ],
+    ids=["no README", "no server"],
+)
+def test_wrong_arguments_are_one_clear_line(
+    arguments: list[str | Path], status: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_DATABASE_URL", "nonsense")
+    result = subprocess.run([sys.executable, PROGRAM, *arguments], capture_output=True, text=True)
+    assert result.returncode == status
+    assert message in result.stderr.splitlines()[-1]

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -150,6 +151,48 @@ def test_a_stale_pid_file_does_not_matter(content: str, directory: Path) -> None
         other.kill()
 
 
+async def test_a_server_that_was_killed_elsewhere_is_left_alone_until_one_says_so(
+    directory: Path,
+) -> None:
+    server = EmbeddedPostgres(directory)
+    make_table(server.start())
+    server.execute("pg_ctl", "kill", "KILL", server.pid_file_lines()[0])
+    await wait_for(lambda: not server.is_running(), "the server is gone")
+    server.place.write_text("container pid:[1]")
+    line = outcome(start_program(USER, directory)).sole_error_line()
+    assert "(container pid:[1])" in line
+    assert f"delete {server.place}." in line
+    assert "delete that directory" not in line
+    server.place.unlink()
+    User(directory).end()
+    assert has_table(server.start())
+    server.stop()
+    # One that was shut down is anybody's.
+    server.place.write_text("container pid:[1]")
+    User(directory).end()
+
+
+CONTAINER = ["unshare", "--pid", "--fork", "--mount-proc"]
+
+
+def test_a_container_does_not_start_a_second_server_on_the_same_data(directory: Path) -> None:
+    if not shutil.which("unshare") or subprocess.run([*CONTAINER, "true"]).returncode:
+        pytest.skip("a container can be made only by root on Linux, and not in every container")
+    outside = User(directory)
+    make_table(outside.url)
+    program = [sys.executable, "-c", f"import sys\nfrom shared import *\n{USER}", str(directory)]
+    inside = subprocess.run(
+        [*CONTAINER, *program],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert inside.returncode == 1
+    assert "another container" in inside.stderr
+    assert has_table(outside.url)
+    assert outside.end() == ""
+
+
 NAMES = ["x" * 120, "it's 100% $HOME", "a,b", "ä ö", os.fsdecode(b"caf\xe9")]
 
 
@@ -162,6 +205,23 @@ def test_any_path_will_do(name: str, directory: Path) -> None:
     assert socket_directory.stat().st_mode & 0o077 == 0  # private
     server.stop()
     assert socket_directory.exists() == (socket_directory == server.data)
+
+
+def test_a_killed_server_leaves_no_directory_of_its_socket(directory: Path) -> None:
+    server = EmbeddedPostgres(directory.rename(directory.with_name("a,b")))
+    server.start()
+    _, _, _, _, socket_directory, *_ = server.pid_file_lines()
+    server.execute("pg_ctl", "kill", "KILL", server.pid_file_lines()[0])
+    while server.is_running():
+        time.sleep(0.01)
+    # A copy has the same pid file, and may be started while the original runs.
+    subprocess.run(["cp", "-a", server.directory, directory.with_name("c,d")], check=True)
+    User(directory.with_name("c,d")).end()
+    assert Path(socket_directory).exists()
+    server.start()
+    assert server.pid_file_lines()[4] != socket_directory
+    assert not Path(socket_directory).exists()
+    server.stop()
 
 
 def test_a_temporary_directory_with_a_long_path_will_do(
@@ -251,6 +311,80 @@ def test_the_environment_may_be_about_another_server(
     result = subprocess.run(psql, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     # Debian's psql, a program in Perl, complains of the locale.
     assert (result.returncode, result.stdout) == (0, "0\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
+def test_psql_says_what_takes_so_long_and_can_be_interrupted_meanwhile(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(repository))
+    shutil.rmtree(repository / ".postgres" / "data")
+    with subprocess.Popen(
+        [*PSQL, "SELECT 1"], cwd=repository, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not list((repository / ".postgres").glob("init-*/*")):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate()
+    assert process.returncode == 130
+    (line,) = stderr.splitlines()
+    assert "creating an embedded Postgres" in line
+    assert not EmbeddedPostgres(repository / ".postgres").is_running()
+
+
+PSQL = [sys.executable, "-m", "shared", "psql", "-X", "-c"]
+SLEEPING = ["SELECT 'ready'", "-c", "SELECT pg_sleep(60)"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
+def test_psql_that_is_ended_leaves_no_server(
+    name: str, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(repository))
+    with subprocess.Popen(
+        [*PSQL, *SLEEPING], cwd=repository, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        while "ready" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.Signals[name])
+    assert process.returncode == 128 + signal.Signals[name]
+    assert not EmbeddedPostgres(repository / ".postgres").is_running()
+
+
+WAITING = """
+from pathlib import Path
+
+async def main():
+    EmbeddedPostgres(Path(sys.argv[1])).start()
+    print("ready", flush=True)
+    try:
+        await asyncio.sleep(3)
+    finally:
+        print("left", flush=True)
+
+run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_the_end_of_the_terminal_ends_a_program_and_its_server(
+    is_ignored: bool, directory: Path
+) -> None:
+    nohup = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" if is_ignored else ""
+    process = start_program(nohup + WAITING, directory)
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(3):  # a shell repeats it
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+    end = outcome(process)
+    assert (end.status, end.stdout) == (0 if is_ignored else 129, "left\n"), end.stderr
+    assert not EmbeddedPostgres(directory).is_running()
 
 
 def test_a_server_is_created_whatever_the_environment_says(
@@ -449,6 +583,13 @@ def test_a_file_in_the_way_is_one_clear_line(place: Path) -> None:
     (place / "file").touch()
     line = outcome(start_program(USER, place / "file")).sole_error_line()
     assert f"File exists: {place.resolve() / 'file'}" in line
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a permission")
+def test_a_link_to_itself_is_one_clear_line(place: Path) -> None:
+    (place / "link").symlink_to(place / "link")
+    line = outcome(start_program(USER, place / "link")).sole_error_line()
+    assert str(place.resolve() / "link") in line
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limits")

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -43,7 +44,9 @@ def tool(*arguments: str) -> Outcome:
 
 
 @contextmanager
-def tool_in_terminal(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def tool_in_terminal(
+    *arguments: str, columns: int = 100, lines: int = 50
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """The same in a terminal, whose other end is a file descriptor."""
     mine, its = pty.openpty()
     with subprocess.Popen(
@@ -51,7 +54,8 @@ def tool_in_terminal(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes],
         stdin=its,
         stdout=its,
         stderr=its,
-        env=os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "50", "PAGER": "cat"},
+        env=os.environ
+        | {"TERM": "xterm", "COLUMNS": str(columns), "LINES": str(lines), "PAGER": "cat"},
         start_new_session=True,
     ) as process:
         os.close(its)
@@ -88,6 +92,10 @@ def test_psql_is_in_the_schema_of_the_lesson(tasks: None) -> None:
 def test_psql_without_a_lesson(database: str) -> None:
     end = tool("psql", "-At", "-c", "SELECT current_schema(), current_database()")
     assert end.stdout.strip() == f"public|{psycopg.conninfo.conninfo_to_dict(database)['dbname']}"
+
+
+def test_psql_lets_one_think_within_a_transaction(database: str) -> None:
+    assert tool("psql", "-Atc", "SHOW idle_in_transaction_session_timeout").stdout == "0\n"
 
 
 def test_psql_passes_on_the_exit_status(tasks: None, tmp_path: Path) -> None:
@@ -198,6 +206,37 @@ def test_watch_shows_workers_and_events(database: str) -> None:
     assert float(worker.split()[2]) >= 3600
 
 
+MANY_ROWS = """
+CREATE TABLE lesson_07.signals (
+    id BIGINT, task_id BIGINT, name TEXT, payload JSONB, received_by UUID
+);
+INSERT INTO lesson_07.tasks
+SELECT 123456000 + n, now(), 'q', 'process_order', to_jsonb(repeat('x', 200)), NULL, 'COMPLETED',
+    1, 0, 0, 1, true
+FROM generate_series(1, 30) AS n;
+INSERT INTO lesson_07.durable_events
+SELECT 123456030, n, 'STEP_COMPLETED', now() + n * INTERVAL '1 s', 'key-' || n, NULL
+FROM generate_series(1, 30) AS n;
+INSERT INTO lesson_07.signals VALUES (77, 1, 'approve', '"the last"', NULL);
+"""
+
+
+def test_watch_shows_all_tables_in_a_small_terminal(database: str) -> None:
+    with psycopg.connect(database) as conn:
+        conn.execute((LESSON_07 + MANY_ROWS).encode())
+        row = conn.execute("SELECT id::text FROM lesson_07.workers").fetchone()
+    assert row
+    with tool_in_terminal("watch", "07", columns=80, lines=24) as (_, terminal):
+        shown = read_until(terminal, "the last")
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    for text in ["123456030 ", "123456029 ", "key-30", "key-29", row[0], "approve"]:
+        assert text in shown
+    for title in ["lost", "child_task_id", "received_by"]:  # nothing is in these
+        assert title not in shown
+
+
 LESSON_13 = """
 CREATE SCHEMA lesson_13;
 CREATE TABLE lesson_13.tasks (
@@ -257,3 +296,10 @@ def test_an_unreachable_database_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     line = tool("watch", "02").sole_error_line()
     assert "Cannot connect" in line
     assert "secret" not in line
+
+
+def test_usage_without_docstrings() -> None:
+    command = [sys.executable, "-OO", "-m", "shared", "nonsense"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "shared/README.md" in result.stderr

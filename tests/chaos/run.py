@@ -40,7 +40,14 @@ from shared.schema import schema_name
 
 TESTS = Path(__file__).parents[1]
 LESSON = TESTS.parent / "lessons" / "16-batches"
-SURVIVES_OUTAGES, STOPS, LISTENS, SIGNALS, FORKS = 8, 9, 11, 14, 15  # from these lessons on
+DURABLE, SURVIVES_OUTAGES, STOPS, LISTENS, SIGNALS, FORKS = (
+    7,
+    8,
+    9,
+    11,
+    14,
+    15,
+)  # from these lessons on
 QUEUE = "orders"
 PATIENCE = 30.0  # seconds; reached only if something is wrong
 
@@ -400,17 +407,29 @@ class Chaos:
         shutil.rmtree(self.directory if self.interrupted else self.server.directory)
 
 
+def durable_lesson(text: str) -> Path:
+    """The directory of a lesson that has durable tasks."""
+    number = Path(text).resolve().name.partition("-")[0]
+    if os.path.isdir(text) and number.isdecimal() and int(number) >= DURABLE:
+        return Path(text)
+    raise argparse.ArgumentTypeError(f"{text} is not the directory of a lesson from 07 on")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=0.3, help="how long there are faults")
     parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
     parser.add_argument("--orders", type=int, default=120)
     parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--lesson", type=Path, default=LESSON, help="another one, or a copy")
+    parser.add_argument(
+        "--lesson", type=durable_lesson, default=LESSON, help="another one, or a copy"
+    )
     parser.add_argument(
         "--inactive-after", type=float, default=1.0, help="in seconds; other times go with it"
     )
     options = parser.parse_args()
+    if options.workers < 1 or options.inactive_after <= 0:
+        parser.error("--workers and --inactive-after have to be above 0")
     print(f"seed {options.seed}", flush=True)
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))
     chaos = Chaos(options, directory)
