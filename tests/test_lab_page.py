@@ -406,12 +406,12 @@ def test_a_fork_and_its_branches(browser: Browser, database: str) -> None:
         expect(picture(page).locator("text", has_text="branch")).to_have_count(0)
         page.locator("[name=event]").fill("2")
         click(page, "Fork")
-        # A slow machine may suspend attempt 2.
+        # A slow machine may suspend an attempt, so there may be more than two.
+        for name in ("attempt 1, branch 1", re.compile("attempt [2-5], branch 2")):
+            expect(picture(page).locator("text", has_text=name).first).to_be_visible()
         expect(picture(page)).to_have_accessible_name(
-            re.compile("attempt [2-4] on worker A: COMPLETED")
+            re.compile("attempt [2-5] on worker A: COMPLETED")
         )
-        for name in ("attempt 1, branch 1", "attempt 2, branch 2"):
-            expect(picture(page).locator("text", has_text=name)).to_be_visible()
         expect(page.locator(".legend").get_by_text("on a branch that was left")).to_be_visible()
 
 
