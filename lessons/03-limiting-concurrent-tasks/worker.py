@@ -1,7 +1,7 @@
 """A worker: it claims tasks from a queue in Postgres, runs them, and records how they ended.
 
 It claims no more than it has free slots. A task whose worker dies stays RUNNING for ever, and one
-that ends while the database is away ends FAILED (both lesson 04).
+whose outcome is lost with a connection may end FAILED (both lesson 04).
 """
 
 import asyncio

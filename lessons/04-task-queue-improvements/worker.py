@@ -95,7 +95,7 @@ class Worker:
             await self._complete(task, output)
         except (Exception, asyncio.CancelledError) as error:
             if run.cancelling():
-                return  # the worker is ending: the row stays RUNNING until others take it
+                return  # the worker is ending: the row stays RUNNING
             if deadline.expired():
                 await self._fail(task, TimeoutError(f"timed out after {task.timeout}"))
             else:  # a TimeoutError that arrives here is the function's own

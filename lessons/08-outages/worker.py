@@ -97,7 +97,7 @@ class Worker:
             if answered:
                 await slots.wait(min(POLL_INTERVAL, heartbeat.HEARTBEAT_INTERVAL))
             else:
-                check_at, slots.more_waiting = 0.0, False
+                slots.more_waiting = False
                 await slots.wait(heartbeat.HEARTBEAT_INTERVAL)
 
     async def _put_back(self, is_durable: bool, why: str) -> None:
@@ -150,7 +150,7 @@ class Worker:
             await self._complete(task, output)
         except (Exception, asyncio.CancelledError) as error:
             if run.cancelling():
-                return  # the worker is ending: the row stays RUNNING until others take it
+                return  # the worker is ending: the row stays RUNNING
             if deadline.expired():
                 await self._fail(task, TimeoutError(f"timed out after {task.timeout}"))
             else:  # a TimeoutError that arrives here is the function's own

@@ -23,21 +23,21 @@ class Housekeeping:
         self,
         pool: Pool,
         queries: Queries,
-        heartbeat: Heartbeat,
+        own_heartbeat: Heartbeat,
         log: Callable[[Task, str], None],
     ) -> None:
         self.pool = pool
         self.queries = queries
-        self.heartbeat = heartbeat
+        self.own_heartbeat = own_heartbeat
         self.log = log
 
     async def keep_house(self) -> None:
         """Look after the others every HEARTBEAT_INTERVAL. Never returns."""
         while True:
             await asyncio.sleep(heartbeat.HEARTBEAT_INTERVAL)
-            with surviving_outage(f"worker {self.heartbeat.display_name}: cannot keep house"):
+            with surviving_outage(f"worker {self.own_heartbeat.display_name}: cannot keep house"):
                 # One value, read once: the next beat may come at any await.
-                beat = self.heartbeat.last
+                beat = self.own_heartbeat.last
                 # After an outage everybody's heartbeat is old, not only that of the dead: who was
                 # out of touch lets the others beat before it judges them.
                 if (

@@ -172,7 +172,7 @@ class Worker:
             if answered:
                 await slots.wait(min(POLL_INTERVAL, heartbeat.HEARTBEAT_INTERVAL))
             else:
-                check_at, slots.more_waiting = 0.0, False
+                slots.more_waiting = False
                 await slots.wait(heartbeat.HEARTBEAT_INTERVAL)
 
     async def _put_back(self, is_durable: bool, why: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from uuid import UUID
 
 
-class Row:
+class Record:
     """Takes its fields from a row, and leaves columns that it does not know: a later release may
     add them while this one is running."""
 
@@ -16,7 +16,7 @@ class Row:
 
 
 @dataclass(init=False)
-class Task(Row):
+class Task(Record):
     """A row of `tasks`; the fields stand in the order of the columns."""
 
     id: int
@@ -41,7 +41,7 @@ class Task(Row):
 
 
 @dataclass(init=False)
-class DurableEvent(Row):
+class DurableEvent(Record):
     """A row of `durable_events`; the fields stand in the order of the columns."""
 
     task_id: int
