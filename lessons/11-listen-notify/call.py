@@ -10,7 +10,7 @@ from durable_context import DurableContext
 
 log = logging.getLogger("worker")
 
-Outcome = tuple[Any, BaseException | None]  # the output; and the error, or None
+Result = tuple[Any, BaseException | None]  # the output; and the error, or None
 
 
 async def call(
@@ -18,14 +18,14 @@ async def call(
     context: DurableContext,
     timeout: timedelta | None,
     grace: float,
-) -> Outcome:
+) -> Result:
     """Run this coroutine in an asyncio task of its own; return how it ended.
 
     After `timeout`, or when this call is cancelled, the coroutine is cancelled, and if it does not
     end within `grace` seconds it is left behind. The branches that `context` knows are cancelled
     and awaited, too.
     """
-    running = asyncio.create_task(_outcome(coroutine))
+    running = asyncio.create_task(_result(coroutine))
     try:
         seconds = None if timeout is None else timeout.total_seconds()
         await asyncio.wait({running}, timeout=seconds)
@@ -47,7 +47,7 @@ async def call(
     return running.result()
 
 
-async def _outcome(coroutine: Coroutine[Any, Any, Any]) -> Outcome:
+async def _result(coroutine: Coroutine[Any, Any, Any]) -> Result:
     """An error is returned, not raised: a SystemExit would stop the event loop."""
     try:
         return await coroutine, None
