@@ -42,7 +42,7 @@ async def call(
                 log.warning("task %d ignores its cancellation, and is left behind", context.task_id)
     if not in_time:
         return None, TimeoutError(f"timed out after {timeout}")
-    if running.cancelled():  # it returned while a cancellation of its own was due
+    if running.cancelled():  # it cancelled itself, and returned before its next await
         return None, asyncio.CancelledError("the function cancelled itself")
     return running.result()
 

@@ -45,7 +45,7 @@ async def call(
         return None, None  # nobody asks: the task is not ours any more
     if not in_time:
         return None, TimeoutError(f"timed out after {timeout}")
-    if running.cancelled():  # it returned while a cancellation of its own was due
+    if running.cancelled():  # it cancelled itself, and returned before its next await
         return None, asyncio.CancelledError("the function cancelled itself")
     return running.result()
 
