@@ -1,6 +1,6 @@
-"""The event log of a task: what it has done so far, for the next attempt to find.
+"""The event log of a task: the steps it has begun, for the next attempt to find.
 
-It records that something was done and does not check yet that it was the same thing (lesson 06).
+It does not check yet that the next attempt begins the same steps (lesson 06).
 """
 
 from errors import TaskNotOwnedError

@@ -1,6 +1,6 @@
-"""The event log of a task: what it has done so far, for the next attempt to find.
+"""The event log of a task: the steps it has begun, for the next attempt to find.
 
-It checks that the next attempt does the same things. What an event starts is created with it, in
+It checks that the next attempt begins the same steps. What an event starts is created with it, in
 one transaction: both or neither.
 """
 
