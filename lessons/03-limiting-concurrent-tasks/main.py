@@ -136,11 +136,7 @@ async def breaks(pool: Pool, queries: Queries) -> None:
     async with working(make_worker(pool, queries)):
         await wait_until(the_last_is_written, "a second worker has written a report", seconds=30)
     tasks = await read_tasks(pool, queries)
-    show(
-        "6 seconds later, with a second worker that has free slots:",
-        tasks,
-        "id input status output",
-    )
+    show("6 seconds later; a second worker has free slots:", tasks, "id input status output")
 
     async with pool.connection() as conn:
         for task in tasks[:-1]:
