@@ -31,10 +31,11 @@ from helpers import (
     working,
     write_outcome,
 )
+from lesson_loader import LAST
 from players import Player, orders, play, wait_for_lock_wait
 from shared import Connection, Pool
 
-pytestmark = [pytest.mark.since(15), pytest.mark.only(15)]
+pytestmark = [pytest.mark.since(15), pytest.mark.only(15, LAST)]
 
 HOUR = timedelta(hours=1)
 ABANDONED = {"error": "abandoned: its parent does not ask for it any more"}
