@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -91,7 +92,7 @@ def run_loop(main: Coroutine[Any, Any, None]) -> None:
         if not loop.is_closed():
             loop.call_soon_threadsafe(task.cancel)
 
-    with ExitStack() as ending, signal_handler(stop, *hangup()):
+    with ExitStack() as ending, woken_by_signals(loop), signal_handler(stop, *hangup()):
         try:
             loop.run_until_complete(task)
         except asyncio.CancelledError:
@@ -102,6 +103,27 @@ def run_loop(main: Coroutine[Any, Any, None]) -> None:
             if task.done() and not task.cancelled():
                 # Marks it as seen, or asyncio would print the traceback of a SystemExit.
                 task.exception()
+
+
+@contextmanager
+def woken_by_signals(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Within this block a signal wakes up an event loop that waits.
+
+    A handler alone does not always. Python calls it between two steps of Python code, and a signal
+    that comes after the last of them, just before the system call that waits, does not end that
+    call. So each signal also writes a byte to a socket that the loop watches, as described for
+    signal.set_wakeup_fd.
+    """
+    watched, written = socket.socketpair()
+    with watched, written:
+        watched.setblocking(False)
+        written.setblocking(False)
+        loop.add_reader(watched, watched.recv, 4096)
+        before = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
 
 
 def close_loop(loop: asyncio.AbstractEventLoop) -> None:

@@ -237,6 +237,48 @@ def test_a_third_signal_ends_what_blocks_the_event_loop(block: str, number: sign
     assert end.stderr == ""
 
 
+ASLEEP = """
+import signal, threading, time
+from shared.runtime import STOP_SIGNALS
+
+def another_thread():
+    time.sleep(0.5)
+    print("ready", flush=True)
+    time.sleep(3600)
+
+async def main():
+    # So a signal comes to the other thread, and does not interrupt the main thread's wait. Nor does
+    # one that comes just before the wait begins, which no test can hit at will.
+    threading.Thread(target=another_thread, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    stopped = asyncio.get_running_loop().create_future()
+    with {block}:
+        await stopped
+    print("stopped", flush=True)
+
+run(main())
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="needs pthread_sigmask")
+@pytest.mark.parametrize("number", RAISED_SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    ("block", "stops"),
+    [
+        ("stop_signals(lambda: stopped.set_result(None), int)", True),
+        ("contextlib.nullcontext()", False),
+    ],
+)
+def test_a_signal_wakes_up_an_event_loop_whose_wait_it_does_not_interrupt(
+    block: str, stops: bool, number: signal.Signals
+) -> None:
+    process = start_program("import contextlib\n" + ASLEEP.format(block=block))
+    wait_until_ready(process)
+    process.send_signal(number)
+    end = outcome(process)
+    assert (end.status, end.stdout) == ((0, "stopped\n") if stops else (128 + number, ""))
+
+
 FORKING = """
 import multiprocessing, threading, time
 FORK = multiprocessing.get_context("fork")
