@@ -183,7 +183,7 @@ class Worker:
     async def _write(
         self, query: Callable[..., Awaitable[int]], task: Task, output: Any, what: str
     ) -> None:
-        """Write the outcome of an attempt, and log it; try again while the database is away.
+        """Write the outcome of an attempt, and log it; try again if the connection breaks.
 
         The attempt is the fencing token: if the task has been taken from us, no row matches.
         """
