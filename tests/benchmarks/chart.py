@@ -80,7 +80,7 @@ def draw_floors(axes: Any, floor: dict[str, Any]) -> None:
     for name, label in {"noop_per_s": "one by one", "batched_per_s": "in hundreds"}.items():
         axes.axvline(floor[name], color=FLOOR, linestyle="--", linewidth=1, zorder=0)
         axes.annotate(
-            f"statements alone,\n{label}: {floor[name]:,.0f}",
+            f"bare statements,\n{label}: {floor[name]:,.0f}",
             (floor[name], 1),
             xycoords=("data", "axes fraction"),
             color=FLOOR,

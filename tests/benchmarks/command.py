@@ -35,7 +35,7 @@ def measurable() -> list[Path]:
     return [path for path in all_lessons() if (path / "worker.py").exists()]
 
 
-# Whose statements are the floors.
+# Whose bare statements are the floors.
 (THIRD,) = (path for path in measurable() if lesson_number(path) == 3)
 LATEST = measurable()[-1]
 

@@ -1,4 +1,4 @@
-"""One process whose speed is measured: a worker of a lesson, or a floor.
+"""One process whose speed is measured: a worker of a lesson, or bare statements.
 
 python -m benchmarks.contestant KIND LESSON_DIRECTORY CONCURRENCY
 

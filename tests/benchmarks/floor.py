@@ -1,4 +1,4 @@
-"""The floors: a lesson's own statements with nothing around them.
+"""The bare statements of a lesson, with nothing around them; the figures call them the floor.
 
 There are no workers and no functions here, no asyncio task for each task, no aiosql, no log. What
 is left is Postgres, psycopg, and the pool, from which each statement takes its connection as in the

@@ -130,7 +130,7 @@ def show_all(about: dict[str, Any], figures: dict[str, Any]) -> None:
     """Print all tables."""
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print("each figure: median, and below it minimum-maximum")
-    show("floors", {"": figures["floor"]}, costs=False)
+    show("bare statements", {"": figures["floor"]}, costs=False)
     show("lesson", figures["lessons"])
     for title in ("growth", "enqueue"):
         if title in figures:

@@ -58,13 +58,13 @@ def machine(about: Figures) -> Iterator[str]:
 
 def lessons(found: Figures) -> Iterator[str]:
     yield from head(
-        *("", "tasks a second", "of the floor", "of the batched floor", "transactions a task"),
-        *("statements a second when idle", "a task starts after"),
+        *("", "tasks a second", "of bare, one by one", "of bare, in hundreds"),
+        *("transactions a task", "statements a second when idle", "a task starts after"),
     )
     floor = found["floor"]
-    name = "floor, one by one"
+    name = "bare, one by one"
     yield row(name, ranged(floor, "noop_per_s"), "1", "", value(floor, "noop_tx_per_task"), "", "")
-    name = "floor, in hundreds"
+    name = "bare, in hundreds"
     cells = ranged(floor, "batched_per_s"), "", "1", value(floor, "batched_tx_per_task")
     yield row(name, *cells, "", "")
     for name, figures in found["lessons"].items():
