@@ -122,7 +122,9 @@ def enqueue(found: Figures) -> Iterator[str]:
 
 
 def peers(found: Figures) -> Iterator[str]:
-    yield from head("", "tasks a second", "ours to it", "orders a second", "ours to it")
+    last = max((name for name in found["peers"] if name.startswith("lesson ")), default="ours")
+    ratio = f"{last} divided by it"
+    yield from head("", "tasks a second", ratio, "orders a second", ratio)
     for name, figures in found["peers"].items():
         yield row(
             name,
