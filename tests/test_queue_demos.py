@@ -261,6 +261,15 @@ def check_tasks_of_demo_04(tasks: list[dict[str, Any]]) -> None:
 
 
 @only_lesson(4)
+async def test_freeze_04_refuses_the_attempt_that_lost_the_task(lesson: Any, database: str) -> None:
+    """Two at once: the worker of each run puts back the tasks of both, and claims those of none."""
+    for out in await asyncio.gather(*(run_demo(lesson, "--freeze") for _ in range(2))):
+        assert re.search(r"slow +FAILED +2 +0 .*timed out", out), out
+    for (task,) in tasks_by_run(lesson, database):
+        assert (task["status"], task["attempt"], task["retry_count"]) == ("FAILED", 2, 0)
+
+
+@only_lesson(4)
 async def test_breaks_04_charges_an_order_twice(lesson: Any, database: str) -> None:
     for out in await breaks_twice(lesson):
         assert len(re.findall(r"order-\w+ +42 ", out)) == 2

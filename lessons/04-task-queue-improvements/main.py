@@ -1,17 +1,19 @@
 """Lesson 04: retries, timeouts, priorities, and a worker that is killed.
 
 python main.py            all of that
+python main.py --freeze   a worker freezes, loses its task, and comes back
 python main.py --breaks   an order whose three steps are one function is killed in the third
 """
 
 import argparse
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -128,34 +130,41 @@ def make_worker(pool: Pool, queries: Queries, shop: Shop) -> Worker:
     return worker
 
 
-def start_process(queue: str) -> subprocess.Popen[bytes]:
-    """Start this program again, as a worker and nothing else."""
+@contextmanager
+def worker_process(queue: str) -> Iterator[subprocess.Popen[bytes]]:
+    """This program again, as a worker and nothing else. It is killed at the end of the block."""
     environment = os.environ | {"DATABASE_URL": database_url()}
-    return subprocess.Popen([sys.executable, __file__, "--worker", queue], env=environment)
+    process = subprocess.Popen([sys.executable, __file__, "--worker", queue], env=environment)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 async def kill_a_worker(condition: Callable[[], Awaitable[bool]], what: str) -> None:
     """Let another process claim what is queued, and kill it in the middle of that."""
-    process = start_process(QUEUE)
-    try:
+    with worker_process(QUEUE) as process:
         await wait_until(condition, what, seconds=30)
-    finally:
-        process.kill()
-        process.wait()
     print(f"killed process {process.pid} as soon as {what}", flush=True)
 
 
-async def everything(pool: Pool, queries: Queries, shop: Shop) -> None:
-    await enqueue(pool, queries, "write_report")
+def has_status(pool: Pool, queries: Queries, status: str) -> Callable[[], Awaitable[bool]]:
+    """The condition that the only task has this status, and that its worker has logged that."""
 
-    async def is_running() -> bool:
-        (report,) = await read_tasks(pool, queries)
-        if report.status != "RUNNING":
+    async def condition() -> bool:
+        (task,) = await read_tasks(pool, queries)
+        if task.status != status:
             return False
         await asyncio.sleep(0.5)  # the other process still has to log it
         return True
 
-    await kill_a_worker(is_running, "it was writing the report")
+    return condition
+
+
+async def everything(pool: Pool, queries: Queries, shop: Shop) -> None:
+    await enqueue(pool, queries, "write_report")
+    await kill_a_worker(has_status(pool, queries, "RUNNING"), "it was writing the report")
     await enqueue(pool, queries, "flaky", max_retries=3)
     await enqueue(pool, queries, "hopeless", max_retries=2)
     await enqueue(pool, queries, "malformed", "nobody", max_retries=5)
@@ -167,6 +176,22 @@ async def everything(pool: Pool, queries: Queries, shop: Shop) -> None:
         tasks = await finished_tasks(pool, queries)
     show("the tasks:", tasks, "id task_name priority status attempt retry_count output")
     print(f"started in the order of their priorities: {', '.join(order_of_start)}")
+
+
+async def freeze(pool: Pool, queries: Queries) -> None:
+    await enqueue(pool, queries, "slow", timeout=timedelta(seconds=10))
+    with worker_process(QUEUE) as first:
+        await wait_until(has_status(pool, queries, "RUNNING"), "the task runs", seconds=30)
+        first.send_signal(signal.SIGSTOP)
+        print(f"process {first.pid} is frozen", flush=True)
+        # A worker of another queue can put the task back, but not claim it.
+        with worker_process(f"{QUEUE}-other"):
+            await wait_until(has_status(pool, queries, "QUEUED"), "it is queued again", seconds=30)
+        first.send_signal(signal.SIGCONT)
+        print(f"process {first.pid} goes on, as the only worker", flush=True)
+        await wait_until(has_status(pool, queries, "FAILED"), "the task has failed", seconds=60)
+    tasks = await read_tasks(pool, queries)
+    show("the task:", tasks, "id task_name status attempt retry_count output")
 
 
 async def breaks(pool: Pool, queries: Queries, shop: Shop) -> None:
@@ -199,6 +224,8 @@ async def main(flags: argparse.Namespace) -> None:
         shop = Shop(shop_pool, queries, seconds=60 if flags.worker else 1)
         if flags.worker:
             await make_worker(pool, queries, shop).start(flags.worker)
+        elif flags.freeze:
+            await freeze(pool, queries)
         elif flags.breaks:
             await breaks(pool, queries, shop)
         else:
@@ -207,6 +234,7 @@ async def main(flags: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
+    parser.add_argument("--freeze", action="store_true", help="freeze a worker for a while")
     parser.add_argument("--breaks", action="store_true", help="kill a worker in mid-order")
     parser.add_argument("--worker", metavar="QUEUE", help="be a worker and nothing else")
     run(main(parser.parse_args()))
