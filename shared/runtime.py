@@ -80,11 +80,13 @@ def run_loop(main: Coroutine[Any, Any, None]) -> None:
     received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if number not in STOP_SIGNALS:
-            if number in received:
-                return  # the terminal and its shell each send a SIGHUP
-            ending.callback(signal.signal, number, signal.SIG_IGN)
+        if number not in STOP_SIGNALS and number in received:
+            return  # the terminal and its shell each send a SIGHUP
         received.append(number)
+        if number not in STOP_SIGNALS:
+            # To the end of the program, and without a moment between, in which another one would
+            # end it before its atexit, and leave Postgres running.
+            signal.signal(number, signal.SIG_IGN)
         if len(received) > 2:
             os._exit(128 + number)
         if len(received) > 1:
@@ -92,7 +94,7 @@ def run_loop(main: Coroutine[Any, Any, None]) -> None:
         if not loop.is_closed():
             loop.call_soon_threadsafe(task.cancel)
 
-    with ExitStack() as ending, woken_by_signals(loop), signal_handler(stop, *hangup()):
+    with woken_by_signals(loop), signal_handler(stop, *hangup()):
         try:
             loop.run_until_complete(task)
         except asyncio.CancelledError:
@@ -294,7 +296,8 @@ def signal_handler(handler: Handler, *others: signal.Signals) -> Iterator[None]:
     finally:
         in_force.remove((handler, previous))
         for number, old_handler in previous.items():
-            put_back(number, old_handler)
+            if signal.getsignal(number) is handler:  # or it is ignored by now
+                put_back(number, old_handler)
 
 
 def put_back(number: signal.Signals, old_handler: Any) -> None:
