@@ -193,13 +193,20 @@ class EmbeddedPostgres:
             options = f"-h 127.0.0.1 -p {pgserver().find_suitable_port()}"
         else:
             options = f"-h '' -p 5432 -k {shlex.quote(str(self.socket_directory()))}"
-        try:
-            # Not the full paths, which pg_ctl would hand to a shell.
-            self.execute("pg_ctl", "start", "-D", "data", "-l", LOG, "-o", options, *WAIT)
-        except OSError:
-            log = (self.directory / LOG).read_text(errors="replace")
-            reasons = re.findall("(?:FATAL|PANIC): +(.*)", log) or [f"see {LOG} in it"]
-            raise OSError(reasons[-1]) from None
+        # Not the full paths, which pg_ctl would hand to a shell.
+        command = ["pg_ctl", "start", "-D", "data", "-l", LOG, "-o", options, *WAIT]
+        deadline = time.monotonic() + START_TIMEOUT
+        while True:
+            try:
+                return self.execute(*command)
+            except OSError:
+                log = (self.directory / LOG).read_text(errors="replace")
+                reasons = re.findall("(?:FATAL|PANIC): +(.*)", log) or [f"see {LOG} in it"]
+                # What a killed server has left behind ends as soon as it sees that it is alone.
+                is_ending = "shared memory block" in reasons[-1] and "in use" in reasons[-1]
+                if not is_ending or time.monotonic() > deadline:
+                    raise OSError(reasons[-1]) from None
+            time.sleep(0.1)
 
     def check_place(self) -> None:
         """Note where the server is about to run. The caller sees none that does.
