@@ -28,6 +28,7 @@ DURABLE_CONCURRENCY = 20
 MOST_TASKS = 1000
 MOST_SLOTS = 1000
 ACT_TIMEOUT = 30.0  # seconds
+LAST_WORDS = 5.0
 LOOK_INTERVAL = 0.05
 NOTICE = 0.5  # seconds until each page has heard of a restart, which is over sooner than that
 # What one can enqueue: the task's name, and what is special in its input.
@@ -85,6 +86,8 @@ class Hand:
         worker = self.processes.start(settings)
         await self.wait_for(lambda: worker.state != "starting", f"worker {worker.key} works")
         if worker.state == "dead":
+            # Its last words come by another way than its end. Its children may keep that open.
+            await asyncio.to_thread(worker.reader.join, LAST_WORDS)
             reason = (worker.error or "").splitlines()
             raise LabError(f"Worker {worker.key} has not started: {reason[-1] if reason else ''}")
         return worker.key

@@ -41,6 +41,7 @@ class WorkerProcess:
         self.ordinal = ordinal
         self.key = key_of(ordinal)
         self.process = process
+        self.reader: threading.Thread  # of what it writes
         self.is_alive = self.is_frozen = self.is_stopping = False
         self.killed_at: float | None = None
         self.exit: int | None = None
@@ -123,7 +124,8 @@ class Processes:
         worker = WorkerProcess(self._count, process)
         self._count += 1
         self.workers.append(worker)
-        threading.Thread(target=self._read, args=[worker], daemon=True).start()
+        worker.reader = threading.Thread(target=self._read, args=[worker], daemon=True)
+        worker.reader.start()
         self.record.say("start", f"started worker {key}, process {process.pid}", key)
         self.changed()
         return worker
