@@ -14,7 +14,7 @@ from http.client import HTTPResponse
 from typing import Any
 from urllib.error import HTTPError
 
-DEADLINE = 30.0  # seconds; generous, since it is only ever reached by a test that fails
+DEADLINE = 60.0  # seconds; generous, since it is only ever reached by a test that fails
 # Quick, but not so that a worker on a busy machine is taken for dead.
 QUICK = {"HEARTBEAT_INTERVAL": 0.1, "INACTIVE_AFTER": 3.5}
 

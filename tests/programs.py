@@ -7,7 +7,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-DEADLINE = 30.0  # seconds; generous, since it is only ever reached by a test that fails
+DEADLINE = 60.0  # seconds; generous, since it is only ever reached by a test that fails
 
 
 @dataclass

@@ -164,7 +164,7 @@ SCHEMAS = "SELECT nspname FROM pg_namespace WHERE nspname !~ '^(pg_.*|informatio
 
 def emptied(url: str) -> bool:
     """End the sessions of a database and drop its schemas. Whether it is as good as new then."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     try:
         with psycopg.connect(url, autocommit=True) as conn:
             while conn.execute(END_OTHERS).fetchall():

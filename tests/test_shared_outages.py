@@ -164,7 +164,7 @@ async def test_a_server_that_can_only_be_read_is_an_outage_too(
     with psycopg.connect(own_server.url(), autocommit=True) as conn:
         conn.execute("ALTER DATABASE postgres SET default_transaction_read_only = on")
         conn.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity "
             "WHERE datname = 'postgres' AND pid <> pg_backend_pid()"
         )
         adding = asyncio.create_task(keep_trying(lambda: add_note(own_pool)))
@@ -181,7 +181,7 @@ async def test_lost_connections_are_not_handed_out(own_pool: Pool) -> None:
     await fill(own_pool)
     async with await open_connection(own_pool) as other:
         await other.execute(
-            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+            "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity "
             "WHERE application_name LIKE 'lesson_07%%' AND pid <> pg_backend_pid()"
         )
     for _ in range(own_pool.max_size):

@@ -68,13 +68,15 @@ def tool_in_terminal(
 
 def read_until(terminal: int, text: str) -> str:
     """What a terminal shows, up to this text."""
-    shown = ""
+    shown = b""
     deadline = time.monotonic() + DEADLINE
-    while text not in shown:
-        readable, _, _ = select.select([terminal], [], [], deadline - time.monotonic())
+    while text.encode() not in shown:
+        left = max(0.0, deadline - time.monotonic())
+        readable, _, _ = select.select([terminal], [], [], left)
         assert readable, f"waited in vain for {text!r} in {shown!r}"
-        shown += os.read(terminal, 65536).decode()
-    return shown
+        shown += os.read(terminal, 65536)  # which may end within a character
+    before, found, _ = shown.partition(text.encode())
+    return (before + found).decode()
 
 
 @pytest.fixture
