@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from shared.lab import scenes
 from shared.lessons import find_lesson
 
 # Scenes have deadlines of their own, which are to be reached first.
-PATIENCE = 3000 * DEADLINE  # ms
+PATIENCE = 1500 * DEADLINE  # ms
 expect.set_options(timeout=PATIENCE)
 
 WIDE, NARROW = (1400, 900), (390, 844)
@@ -104,7 +105,10 @@ def test_buttons_do_what_they_say_to_processes(page: Page, lab: LabProcess) -> N
 
     click(page, "Freeze: worker A")
     expect(card(page, "A").get_by_text("frozen")).to_be_visible()
-    assert first.status() == psutil.STATUS_STOPPED
+    deadline = time.monotonic() + DEADLINE
+    while first.status() != psutil.STATUS_STOPPED:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     click(page, "Thaw: worker A")
     expect(card(page, "A").get_by_text("alive")).to_be_visible()
     assert first.status() != psutil.STATUS_STOPPED
@@ -147,6 +151,7 @@ def test_a_failure_is_retried_and_replayed(page: Page) -> None:
 
 def test_what_is_refused_is_said(page: Page, lab: LabProcess) -> None:
     start_worker(page, "A")
+    expect(card(page, "A")).to_contain_text(re.compile("heartbeat .* ago"))  # by one of them
     click(page, "Cut connections: worker A")
     expect(card(page, "A").get_by_text("the database went away")).to_be_visible()
     expect(card(page, "A").get_by_text("ended, status 1")).to_be_visible()
@@ -215,9 +220,10 @@ SCENES: list[tuple[str, float, dict[str, str]]] = [
             "Killed while an order sleeps": "8 seconds",
         },
     ),
+    # In these nobody is taken for dead.
     (
         "14",
-        3.5,
+        20,
         {
             "Told to stop": "B has it at once, while A still packs",
             "Killed, and nothing is lost": "No, it was nobody's when A died",
@@ -225,7 +231,7 @@ SCENES: list[tuple[str, float, dict[str, str]]] = [
             "Approved while no worker runs": "QUEUED",
         },
     ),
-    ("15", 3.5, {"Only the email again": "send_confirmation_email"}),
+    ("15", 20, {"Only the email again": "send_confirmation_email"}),
 ]
 
 
@@ -233,7 +239,10 @@ SCENES: list[tuple[str, float, dict[str, str]]] = [
 def test_each_scene_plays_to_its_end(
     browser: Browser, database: str, number: str, inactive_after: float, rights: dict[str, str]
 ) -> None:
-    with open_lab(number, INACTIVE_AFTER=inactive_after) as lab, opened(browser, lab) as page:
+    with (
+        open_lab(number, INACTIVE_AFTER=inactive_after, SHUTDOWN_GRACE=20.0) as lab,
+        opened(browser, lab) as page,
+    ):
         for title, right in rights.items():
             assert play(page, title, lambda choices: choices[0]) == [right]
 
@@ -369,6 +378,8 @@ def test_a_signal_queues_a_suspended_order(browser: Browser, database: str) -> N
     with open_lab("14") as lab, opened(browser, lab) as page:
         start_worker(page, "A")
         click(page, "One to approve")
+        # A slow machine may suspend it once before, while it waits for its charge.
+        expect(picture(page)).to_have_accessible_name(re.compile("; approval "))
         expect(status_of_task(page)).to_have_text("SUSPENDED")
         click(page, "Kill -9: worker A")
         # What the order has survived is in its picture.
@@ -378,8 +389,13 @@ def test_a_signal_queues_a_suspended_order(browser: Browser, database: str) -> N
         click(page, "Send")
         expect(status_of_task(page)).to_have_text("QUEUED")
         expect(picture(page).locator("text", has_text="signal")).to_be_visible()
-        (_, signal), ((_, end),), queued = edges(page, ".moment", ".suspended", ".queued")
-        assert abs(end - signal[0]) < 30, "SUSPENDED until the signal comes"
+        (_, signal), suspended, queued = edges(page, ".moment", ".suspended", ".queued")
+        chosen = lab.open_page(1).state["chosen"]
+        (approval,) = [child for child in chosen["children"] if child["name"] == "approval"]
+        (sent,) = [moment for moment in chosen["moments"] if moment["what"] == "signal"]
+        late = 300 * (approval["finished_at"] - sent["at"])  # pixels at most
+        _, end = suspended[-1]
+        assert abs(end - signal[0]) < 30 + late, "SUSPENDED until the signal comes"
         assert abs(max(queued)[0] - end) < 2, "and QUEUED from then on"
 
 
@@ -498,7 +514,7 @@ def test_axe_finds_nothing(
         expect(page.locator(".choices")).to_be_visible()
         check(page)
         click(page, "Two")
-        expect(page.locator(".working")).to_be_visible()
+        expect(page.locator(".working, .truth").first).to_be_visible()
         check(page)
         expect(page.locator(".answer")).to_contain_text("Not quite. You said “Two”. It was: One")
         check(page)
