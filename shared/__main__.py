@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from importlib.util import find_spec
 
 from psycopg.conninfo import conninfo_to_dict
@@ -52,7 +53,8 @@ def psql(schema: str, arguments: list[str]) -> int:
     with subprocess.Popen([program, *arguments], env=os.environ | variables) as process:
         for number in ENDING:
             signal.signal(number, lambda number, frame: process.send_signal(number))
-        status = process.wait()
+        # Without a timeout a signal that comes just before this would be seen only after psql's end.
+        status = process.wait(timeout=threading.TIMEOUT_MAX)
     return status if status >= 0 else 128 - status
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from programs import DEADLINE, Outcome, outcome
+from programs import DEADLINE, Outcome, outcome, start_program
 
 TASKS = """
 CREATE SCHEMA lesson_02;
@@ -127,6 +127,33 @@ def test_ctrl_c_in_psql_cancels_a_query_and_no_more(database: str) -> None:
         read_until(terminal, "still there")
         os.write(terminal, b"\\q\n")
         assert process.wait(DEADLINE) == 0
+
+
+TO_ANOTHER_THREAD = """
+import signal, subprocess, threading, time
+from shared.__main__ import main
+
+class Popen(subprocess.Popen):
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        # So the signal does not interrupt the wait for psql; nor does one that comes just before.
+        threading.Thread(target=time.sleep, args=[3600], daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+subprocess.Popen = Popen
+main(["psql", "-X", "-c", "SELECT 'ready'", "-c", "SELECT pg_sleep(20)"])
+"""
+
+
+def test_a_signal_for_psql_is_passed_on_though_it_does_not_interrupt_the_wait(
+    database: str,
+) -> None:
+    process = start_program(TO_ANOTHER_THREAD)
+    assert process.stdout
+    while "ready" not in process.stdout.readline():
+        assert process.poll() is None
+    process.terminate()
+    assert outcome(process).status == 128 + signal.SIGTERM
 
 
 def wait_for_sleep(database: str) -> None:
