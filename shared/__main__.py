@@ -53,7 +53,7 @@ def psql(schema: str, arguments: list[str]) -> int:
     with subprocess.Popen([program, *arguments], env=os.environ | variables) as process:
         for number in ENDING:
             signal.signal(number, lambda number, frame: process.send_signal(number))
-        # Without a timeout a signal that comes just before this would be seen only after psql's end.
+        # Without a timeout a signal that comes just before would be seen only when psql has ended.
         status = process.wait(timeout=threading.TIMEOUT_MAX)
     return status if status >= 0 else 128 - status
 
