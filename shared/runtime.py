@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
@@ -24,7 +25,8 @@ Handler = Callable[[int, FrameType | None], None]
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ABANDON_AFTER = 1.0  # seconds
-LEAVE_THREADS_AFTER = 5  # seconds, whole ones
+LEAVE_THREADS_AFTER = 5.0  # seconds
+TICK = 0.5  # seconds
 
 logger = logging.getLogger(__name__)
 
@@ -202,21 +204,28 @@ def limit_wait_for_threads() -> None:
     if not hasattr(signal, "SIGALRM"):  # Windows
         return
 
+    deadline = time.monotonic() + LEAVE_THREADS_AFTER
+
     def leave(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGALRM and time.monotonic() < deadline:
+            return
         left = [thread.name for thread in threading.enumerate() if not thread.daemon]
         left.remove(threading.main_thread().name)
         if left:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             logger.warning("ending although threads still run: %s", ", ".join(left))
             sys.unraisablehook = lambda unraisable: None  # would show a traceback
             raise ThreadsLeft
 
     def go_on() -> None:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     for number in (signal.SIGALRM, signal.SIGINT):
         signal.signal(number, leave)
-    signal.alarm(LEAVE_THREADS_AFTER)
+    # Again and again: one that comes while this process is stopped may go to another thread when it
+    # is continued, and a signal to another thread does not interrupt the wait of this one.
+    signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
     atexit.register(go_on)  # called as soon as the wait is over
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -412,6 +413,37 @@ def test_ctrl_c_ends_the_wait_for_a_thread() -> None:
     end = outcome(process)
     assert (end.status, end.stdout) == (0, "atexit\n")
     assert len(end.stderr.splitlines()) == 1
+
+
+STOPPED = """
+import shared.runtime, signal, threading, time
+shared.runtime.LEAVE_THREADS_AFTER = 2
+
+def work():
+    for _ in range(30):
+        threading.Thread(target=time.sleep, args=[3600], daemon=True).start()
+    while not signal.getitimer(signal.ITIMER_REAL)[0]:
+        time.sleep(0.01)
+    print("ready", flush=True)
+    time.sleep(3600)
+
+async def main():
+    thread = asyncio.create_task(asyncio.to_thread(work))
+    await asyncio.sleep(0.1)
+
+run(main())
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
+def test_a_program_that_was_stopped_meanwhile_does_not_wait_for_threads_for_ever() -> None:
+    """What comes while it is stopped goes to any of its threads."""
+    process = start_program(STOPPED)
+    wait_until_ready(process)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    process.send_signal(signal.SIGCONT)
+    assert outcome(process).status == 0
 
 
 STUBBORN = """
