@@ -111,7 +111,7 @@ class Worker:
         deadline = asyncio.timeout(None if task.timeout is None else task.timeout.total_seconds())
         try:
             async with deadline:
-                # An asyncio task of its own: what the function cancels does not count in `run`.
+                # In an asyncio task of its own, so the function cannot change run.cancelling().
                 output = await asyncio.create_task(self._call(task, context))
             await self._complete(task, output)
         except (Exception, asyncio.CancelledError) as error:
