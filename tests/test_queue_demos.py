@@ -262,7 +262,7 @@ def check_tasks_of_demo_04(tasks: list[dict[str, Any]]) -> None:
 
 @only_lesson(4)
 async def test_freeze_04_refuses_the_attempt_that_lost_the_task(lesson: Any, database: str) -> None:
-    """Two at once: the worker of each run puts back the tasks of both, and claims those of none."""
+    """Two at once: the second worker of one run may put back the task of the other, too."""
     for out in await asyncio.gather(*(run_demo(lesson, "--freeze") for _ in range(2))):
         assert re.search(r"slow +COMPLETED +2 +0 +done", out), out
     for (task,) in tasks_by_run(lesson, database):

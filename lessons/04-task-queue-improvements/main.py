@@ -150,12 +150,14 @@ async def kill_a_worker(condition: Callable[[], Awaitable[bool]], what: str) -> 
     print(f"killed process {process.pid} as soon as {what}", flush=True)
 
 
-def has_status(pool: Pool, queries: Queries, status: str) -> Callable[[], Awaitable[bool]]:
-    """The condition that the only task has this status, and that its worker has logged that."""
+def reached(
+    pool: Pool, queries: Queries, attempt: int, status: str
+) -> Callable[[], Awaitable[bool]]:
+    """The condition that the only task is in this attempt and status, and that this is logged."""
 
     async def condition() -> bool:
         (task,) = await read_tasks(pool, queries)
-        if task.status != status:
+        if (task.attempt, task.status) != (attempt, status):
             return False
         await asyncio.sleep(0.5)  # the other process still has to log it
         return True
@@ -165,7 +167,7 @@ def has_status(pool: Pool, queries: Queries, status: str) -> Callable[[], Awaita
 
 async def everything(pool: Pool, queries: Queries, shop: Shop) -> None:
     await enqueue(pool, queries, "write_report")
-    await kill_a_worker(has_status(pool, queries, "RUNNING"), "it was writing the report")
+    await kill_a_worker(reached(pool, queries, 1, "RUNNING"), "it was writing the report")
     await enqueue(pool, queries, "flaky", max_retries=3)
     await enqueue(pool, queries, "hopeless", max_retries=2)
     await enqueue(pool, queries, "malformed", "nobody", max_retries=5)
@@ -182,15 +184,14 @@ async def everything(pool: Pool, queries: Queries, shop: Shop) -> None:
 async def freeze(pool: Pool, queries: Queries) -> None:
     await enqueue(pool, queries, "slow", 10)
     with worker_process(QUEUE) as first:
-        await wait_until(has_status(pool, queries, "RUNNING"), "the task runs", seconds=30)
+        await wait_until(reached(pool, queries, 1, "RUNNING"), "the task runs", seconds=30)
         first.send_signal(signal.SIGSTOP)
         print(f"process {first.pid} is frozen", flush=True)
-        # A worker of another queue can put the task back, but not claim it.
-        with worker_process(f"{QUEUE}-other"):
-            await wait_until(has_status(pool, queries, "QUEUED"), "it is queued again", seconds=30)
-        first.send_signal(signal.SIGCONT)
-        print(f"process {first.pid} goes on, as the only worker", flush=True)
-        await wait_until(has_status(pool, queries, "COMPLETED"), "it is completed", seconds=60)
+        with worker_process(QUEUE):
+            await wait_until(reached(pool, queries, 2, "RUNNING"), "it runs again", seconds=30)
+            first.send_signal(signal.SIGCONT)
+            print(f"process {first.pid} goes on", flush=True)
+            await wait_until(reached(pool, queries, 2, "COMPLETED"), "it is completed", seconds=60)
     tasks = await read_tasks(pool, queries)
     show("the task:", tasks, "id task_name status attempt retry_count output")
 
