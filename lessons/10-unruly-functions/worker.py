@@ -89,9 +89,9 @@ class Worker:
         is left goes back to the queue. Cancelling `start`, which a second signal does too, is the
         same without the grace.
         """
-        start = asyncio.current_task()
-        assert start is not None
-        with stop_signals(self.stop, start.cancel):
+        this_task = asyncio.current_task()
+        assert this_task is not None
+        with stop_signals(self.stop, this_task.cancel):
             try:
                 await self._work(queue)
             finally:
