@@ -58,7 +58,7 @@ def machine(about: Figures) -> Iterator[str]:
 
 def lessons(found: Figures) -> Iterator[str]:
     yield from head(
-        *("", "tasks a second", "of bare, one by one", "of bare, in hundreds"),
+        *("", "tasks a second", "÷ bare, one by one", "÷ bare, in hundreds"),
         *("transactions a task", "statements a second when idle", "a task starts after"),
     )
     floor = found["floor"]
@@ -81,7 +81,7 @@ def lessons(found: Figures) -> Iterator[str]:
 
 
 def orders(found: Figures) -> Iterator[str]:
-    titles = "orders a second", "of lesson 07", "transactions an order", "WAL an order", "one order"
+    titles = "orders a second", "÷ lesson 07", "transactions an order", "WAL an order", "one order"
     yield from head("", *titles)
     for name, figures in found["lessons"].items():
         if "orders_per_s" in figures:
@@ -97,7 +97,8 @@ def orders(found: Figures) -> Iterator[str]:
 
 def growth(found: Figures) -> Iterator[str]:
     last = f"tasks a second, lesson {found['last_lesson']}"
-    yield from head("", last, "of those without", "orders a second", "of those without")
+    ratio = "÷ rate without such rows"
+    yield from head("", last, ratio, "orders a second", ratio)
     for name, figures in found["growth"].items():
         number, _, rest = name.partition("_")
         title = f"{int(number):,} {rest}" if number.isdecimal() else name.replace("_", " ")
@@ -111,7 +112,8 @@ def growth(found: Figures) -> Iterator[str]:
 
 
 def enqueue(found: Figures) -> Iterator[str]:
-    yield from head("producers", "tasks a second", "with a notification for each", "of those")
+    ratio = "÷ rate without notification"
+    yield from head("producers", "tasks a second", "with a notification for each", ratio)
     for name, figures in found["enqueue"].items():
         yield row(
             name.removeprefix("producers_"),
