@@ -84,8 +84,14 @@ class Shop:
             await asyncio.sleep(0.5)  # as a supervisor does, lest it spins
 
     async def give_work(self, stubborn: bool = False) -> int:
-        """Enqueue some tasks, and wait until a worker runs some; return its process id."""
+        """Enqueue some tasks, and wait until a worker runs some; return its process id.
+
+        A task that is RUNNING has been claimed, but its worker may not know yet. A stubborn one has
+        begun: else its next attempt, which nobody disturbs, would be the stubborn one.
+        """
         await self._enqueue_some(stubborn)
+        if stubborn:
+            await wait_for(self._stubborn, "the stubborn task has begun", PATIENCE)
 
         async def at_work() -> list[int]:
             workers = await self._at_work()
@@ -120,10 +126,18 @@ class Shop:
         )
         return [row["pid"] for row in rows if row["pid"] in self.alive]
 
-    async def end_of_first(self) -> None:
-        """Wait until the worker has ended that ran the first task, which may be stubborn."""
-        first = int(self.notes.read_text().split()[0])
-        await wait_for(lambda: first not in self.alive, "it has ended", PATIENCE)
+    def _stubborn(self) -> int | None:
+        """The process id of the worker that has begun the first task of all, if one has."""
+        for line in self.notes.read_text().splitlines() if self.notes.exists() else []:
+            pid, n, what, _ = line.split()
+            if (n, what) == ("1", "starts"):
+                return int(pid)
+        return None
+
+    async def end_of_stubborn(self) -> None:
+        """Wait until the worker has ended that ran the stubborn task, which is the first of all."""
+        worker = self._stubborn()
+        await wait_for(lambda: worker not in self.alive, "it has ended", PATIENCE)
 
     async def kill(self, victim: int) -> None:
         os.kill(victim, signal.SIGKILL)
@@ -218,7 +232,7 @@ async def test_connections_that_are_cut_every_second(
                 """,
             )
             await asyncio.sleep(1)
-        await shop.end_of_first()
+        await shop.end_of_stubborn()
         await shop.check()
 
 
@@ -247,5 +261,5 @@ async def test_a_server_that_goes_away_and_comes_back(
             await asyncio.sleep(seconds)
             await asyncio.to_thread(own_server.url)  # starts it
             await shop.give_work()
-            await shop.end_of_first()
+            await shop.end_of_stubborn()
             await shop.check()
