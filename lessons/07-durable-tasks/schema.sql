@@ -26,7 +26,7 @@ CREATE TABLE tasks (
 CREATE INDEX tasks_queued ON tasks (queue, is_durable, priority DESC, id)
 WHERE status = 'QUEUED';
 
--- For those who look for running tasks, and for whose they are.
+-- For searches among the running tasks, by their worker.
 CREATE INDEX tasks_running ON tasks (worker_id, id)
 WHERE status = 'RUNNING';
 
