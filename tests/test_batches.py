@@ -731,10 +731,11 @@ async def test_no_order_is_suspended_while_a_step_of_it_is_on_its_way(lab: Batch
     id = await lab.enqueue(order)
     async with working(lab.worker(order, slow)):
         await wait_for(lambda: lab.calls["slow"], "the first has been started")
+        # A poll may have found it before the answer to its start was here.
+        await wait_for(lambda: contexts[0]._waiting, "the order waits for the first")
         lab.queries.may_answer[STEPS].clear()
         may_go.set()
         await wait_for(lambda: lab.calls["later"], "the second has been done")
-        await wait_for(lambda: contexts[0]._waiting, "the order waits for the first")
         for _ in range(5):
             assert not await is_suspended()
         lab.queries.may_answer[STEPS].set()
