@@ -256,6 +256,10 @@ async def test_a_worker_that_lives_through_a_loss_waits_for_a_step_that_nobody_h
             shop.gate.touch()
             query = "SELECT child_task_id FROM durable_events WHERE task_id = %s"
             (step,) = await wait_for(lambda: execute(pool, query, id), "a step is started")
+            # Its worker must have been told, or it would start the step once more, on the standby.
+            # Steps go in batches, and each has been answered before the next one is sent.
+            after = await shop.place()
+            await wait_for(lambda: execute(pool, query, after), "a later step is started")
             await pair.kill_primary()
             await pair.promote_standby()
             async with worker_process(lesson, durable_concurrency=0, **STEADY):
