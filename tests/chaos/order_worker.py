@@ -85,9 +85,12 @@ async def main() -> None:
         worker.register("charge_payment", shop.charge_payment)
         for name in ["send_email", "reserve_stock", "print_label", "hand_over"]:
             worker.register(name, shop.step)
-        # From here on it must survive whatever happens to the database.
+        # From here on it must survive whatever happens to the database, and stop when it is told to:
+        # it has begun by now, so the signal is for the worker, and no longer for `run`.
+        start = asyncio.create_task(worker.start(queue))
+        await asyncio.sleep(0)
         print("ready", flush=True)
-        await worker.start(queue)
+        await start
 
 
 if __name__ == "__main__":
