@@ -299,10 +299,14 @@ async def approvals(demo: Demo) -> None:
     logging.getLogger("worker").setLevel(logging.WARNING)  # else it says hundreds of lines
     demo.worker.register("ask_for_approval", ask_for_approval)
 
+    async def has_let_go() -> bool:  # the rows are written first, and then the functions end
+        return not any(slots.running for slots in demo.worker.slots.values())
+
     orders = await enqueue_orders(demo, 103)
     async with demo.working():
         await demo.wait_for(orders[0], "COMPLETED")
         await wait_for_count(demo, "ask_for_approval", "SUSPENDED", 102)
+        await wait_until(has_let_go, "the worker has let go of them", seconds=60)
         show("who waits:", await counts(demo))
         for is_durable, slots in demo.worker.slots.items():
             kind = "durable" if is_durable else "plain"
