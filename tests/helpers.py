@@ -191,6 +191,23 @@ async def worker_process(
             await process.wait()
 
 
+async def kill(pool: Pool, process: Process) -> None:
+    """Kill a worker process, and wait until Postgres has executed what it had sent by then."""
+    process.kill()
+    await process.wait()
+    sessions = """
+        SELECT pid
+        FROM pg_stat_activity
+        WHERE datname = current_database()
+          AND application_name LIKE %s
+    """
+
+    async def all_have_ended() -> bool:
+        return not await execute(pool, sessions, f"%:{process.pid}")
+
+    await wait_for(all_have_ended, "its sessions have ended")
+
+
 async def ended(process: Process) -> int:
     """Wait until a process has ended by itself; return its exit status."""
     async with asyncio.timeout(DEADLINE):

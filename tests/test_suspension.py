@@ -30,6 +30,7 @@ from helpers import (
     execute,
     finished,
     get_task,
+    kill,
     set_globals,
     statuses,
     wait_for,
@@ -982,8 +983,9 @@ async def test_a_shutdown_leaves_suspended_tasks_alone_and_puts_back_the_rest(
     """What waits and has not left yet is put back: it may have something to go on with."""
     patient: dict[str, Any] = {"SUSPEND_AFTER": 3600.0}
     first = await enqueue(lab.pool, "order", input_of, is_durable=True)
-    async with worker_process(lab.lesson, script=SCRIPT, SUSPEND_AFTER=0.1):
+    async with worker_process(lab.lesson, script=SCRIPT, SUSPEND_AFTER=0.1) as process:
         await wait_for_status(lab.pool, first, "SUSPENDED")
+        await kill(lab.pool, process)  # it must not claim the second with its last statement
     async with worker_process(lab.lesson, script=SCRIPT, **patient) as process:
         second = await enqueue(lab.pool, "order", input_of, is_durable=True)
         asks = partial(noted, input_of, "asks", process.pid)
