@@ -5,7 +5,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -100,9 +100,11 @@ async def test_a_row_that_another_claim_has_locked_is_passed_over(
     """Nobody waits for it, and it is claimed as soon as the lock is gone."""
     locked = await enqueue(pool, "echo")
     free = await enqueue(pool, "echo")
-    async with working(make_worker(lesson, pool, queries, echo)):
+    async with AsyncExitStack() as stack:
         async with pool.connection() as conn, conn.transaction():
             await conn.execute("UPDATE tasks SET queue = 'x' WHERE id = %s", [locked])
+            # Only now: a worker that had it already could not write its outcome, nor others with it.
+            await stack.enter_async_context(working(make_worker(lesson, pool, queries, echo)))
             free_later = await enqueue(pool, "echo")
             await finished(pool, free)
             await finished(pool, free_later)
