@@ -21,6 +21,7 @@ from helpers import (
     make_worker,
     set_globals,
     wait_for,
+    wait_for_status,
     worker_process,
     working,
 )
@@ -33,6 +34,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="no such signals and subprocesses"),
 ]
 
+DURABLE = Path(__file__).parent / "durable_process.py"
 FOR_EVER = 3600.0
 # What a worker does when the grace is over has as long, so it may stand still for a while.
 GRACE = 5.0
@@ -123,15 +125,21 @@ async def test_the_heart_beats_on_during_the_grace(
 
 
 async def test_a_second_signal_ends_the_grace(lesson: Any, pool: Pool, tmp_path: Path) -> None:
-    async with worker_process(lesson, SHUTDOWN_GRACE=FOR_EVER) as process:
-        id = await enqueue_and_start(pool, tmp_path / "notes", "sleep", FOR_EVER)
+    """It is sent when the worker has the first one, or the two would be one."""
+    file = tmp_path / "notes"
+    file.touch()
+    input = {"file": str(file), "gate": str(tmp_path / "gate")}
+    plain = await enqueue(pool, "busy", input | {"stop": "busy"})
+    begins = input | {"stop": "before-the-first-event"}
+    durable = await enqueue(pool, "process_order", begins, is_durable=True)
+    async with worker_process(lesson, script=DURABLE, SHUTDOWN_GRACE=FOR_EVER) as process:
+        await wait_for(lambda: len(file.read_text().splitlines()) == 2, "both have started")
         process.send_signal(signal.SIGTERM)
-        # Long enough for it to get that one, before the next: two at once would be one.
-        await asyncio.sleep(4)
+        await wait_for_status(pool, durable, "QUEUED")  # which gets no grace
         assert process.returncode is None
         process.send_signal(signal.SIGTERM)
         await ended(process)
-    await check_put_back(pool, id)
+    await check_put_back(pool, plain)
 
 
 async def test_an_idle_worker_ends_on_a_signal(lesson: Any, pool: Pool) -> None:
