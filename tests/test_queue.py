@@ -103,7 +103,7 @@ async def test_a_row_that_another_claim_has_locked_is_passed_over(
     async with AsyncExitStack() as stack:
         async with pool.connection() as conn, conn.transaction():
             await conn.execute("UPDATE tasks SET queue = 'x' WHERE id = %s", [locked])
-            # Only now: a worker that had it already could not write its outcome, nor others with it.
+            # Only now: one that has the task already could not write its outcome, nor the others'.
             await stack.enter_async_context(working(make_worker(lesson, pool, queries, echo)))
             free_later = await enqueue(pool, "echo")
             await finished(pool, free)
