@@ -85,8 +85,8 @@ async def main() -> None:
         worker.register("charge_payment", shop.charge_payment)
         for name in ["send_email", "reserve_stock", "print_label", "hand_over"]:
             worker.register(name, shop.step)
-        # It has begun by then, so that a signal is for the worker, and no longer for `run`. From here
-        # on it must survive whatever happens to the database.
+        # Not before it has begun: from then on a signal is for the worker, and no longer for `run`,
+        # and it must survive whatever happens to the database.
         start = asyncio.create_task(worker.start(queue))
         await asyncio.sleep(0)
         print("ready", flush=True)
