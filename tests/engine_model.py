@@ -2,7 +2,7 @@
 
 A method of Model is one statement, or one transaction, of the engine. `held` are the rows that
 another transaction has locked: some statements pass over them, others wait (then the model is asked
-afterwards). `locks` are the rows that the last method locked, and how.
+afterwards). `locks` are the rows that the last method locked, and how; it `may_hold_more`.
 """
 
 from collections.abc import Iterable
@@ -124,6 +124,7 @@ class Model:
     signals: dict[int, list[Signal]] = field(default_factory=dict)
     workers: dict[int, str] = field(default_factory=dict)  # fresh, silent, inactive or ahead
     locks: Locks = field(default_factory=dict)
+    may_hold_more: bool = False
     now: int = 0  # when the transaction began; like the next two, only for comparison
     started: dict[int, int] = field(default_factory=dict)  # the event of which child
     ended: dict[int, int] = field(default_factory=dict)
@@ -322,7 +323,9 @@ class Model:
         """The oldest signal that is left, to the oldest wait that nobody holds."""
         waits = [self.tasks[event.child] for event in self.logs[task.id] if event.task_name == name]
         free = [wait for wait in waits if wait.status == "SLEEPING" and wait.id not in held]
-        unreceived = (s for s in self.signals[task.id] if s.name == name and s.received_by is None)
+        unreceived = [s for s in self.signals[task.id] if s.name == name and s.received_by is None]
+        # Whether a wait is locked that gets no signal, depends on which Postgres looks for first.
+        self.may_hold_more |= not unreceived and any(w.id not in self.locks for w in free[:1])
         for wait, signal in zip(free[:1], unreceived, strict=False):
             signal.received_by = wait.id
             wait.status, wait.output = "COMPLETED", {"payload": signal.payload}

@@ -153,7 +153,7 @@ class Step:
 
     def expected(self, model: Model, held: set[int]) -> Any:
         """What it returns, or the name of what it raises."""
-        model.locks = {}
+        model.locks, model.may_hold_more = {}, False
         model.now = self.began
         try:
             return self.model(model, held)
@@ -957,8 +957,8 @@ class Engine(RuleBasedStateMachine):
     ) -> None:
         """Execute a step in the database and in the model, which must agree.
 
-        `hold` leaves its transaction open. If it has to wait for one that is open already, that is
-        then ended, by commit or rollback.
+        `hold` leaves its transaction open, if the model knows all that it locks. If it has to wait
+        for one that is open already, that is then ended, by commit or rollback.
         """
         self.steps.append(step.name)
         step.began = next(self.clock)
@@ -967,7 +967,7 @@ class Engine(RuleBasedStateMachine):
         if any(in_conflict(lock, self.lock_held(id)) for id, lock in scratch.locks.items()):
             assert may_wait
             self.wait(self.contend(step, commit))
-        elif hold and self.held is None:
+        elif hold and self.held is None and not scratch.may_hold_more:
             self.wait(self.hold(step))
         else:
             self.finish(step, self.wait(step.actual(self.bench.main)))
