@@ -314,6 +314,17 @@ def test_answers(root: Path, server_url: str) -> None:
 
 
 @bash_only
+def test_an_answer_has_the_files_of_its_exercise(root: Path, server_url: str) -> None:
+    written = block("console", "$ cat > /tmp/note <<'X'", "a note", "X")
+    taken = block("console", "$ sed 's/a/the/' /tmp/note > /tmp/other")
+    run_too = block("console", "$ cat /tmp/note > /tmp/copy", "$ cat /tmp/copy", "a note")
+    look = answer(block("console", "$ cat /tmp/other; ls /tmp/", "the note", "note", "other"))
+    exercise = f"### One\n\n{written}{taken}{run_too}{look}"
+    another = f"### Two\n\n{answer(block('console', '$ ls /tmp/ | wc -l', '0'))}"
+    assert not list(run(write(root, exercise + another), server_url))
+
+
+@bash_only
 def test_refresh(root: Path, server_url: str, capsys: pytest.CaptureFixture[str]) -> None:
     stale = block("console", "$ echo old is 1; echo; echo b", "old is 0", "$ echo $$; echo b", "b")
     partly = block("console", "$ seq 5; echo 0.2 s", "0", "...", "3", "...", "0.1 s")

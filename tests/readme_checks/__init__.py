@@ -23,5 +23,7 @@ host. Times and durations are not compared; process ids and the like need only b
 different, where those in the README are.
 
 A worked answer in <details> has a copy and a database of its own. Its diff is a patch (-p1) to the
-lesson's files, and a console block after it shows that the answer works.
+lesson's files, and a console block after it shows that the answer works. In its /tmp are the files
+that its exercise writes, each in a block with one command, `cat > /tmp/...` or
+`sed ... > /tmp/...`.
 """

@@ -28,6 +28,7 @@ from server import new_database
 from shared import EmbeddedPostgres
 
 DEADLINE = 180.0  # seconds for one command; generous, since only one that hangs ever reaches it
+WRITES = re.compile(r"\$ (cat|sed) .*> /tmp/\S+")  # a file, and nothing else
 HEREDOC = re.compile(r"(?<!<)<<-?\s*['\"]?([A-Za-z_]\w*)")
 
 # Python writes to a terminal line by line. Not with -u, which would split a line in two.
@@ -46,7 +47,10 @@ class Command:
 
 @dataclass
 class Script:
-    """What runs in one copy: a README's blocks outside of answers, or those of one answer."""
+    """What runs in one copy: a README's blocks outside of answers, or those of one answer.
+
+    An answer's begin with those of its exercise that write a file.
+    """
 
     readme: Readme
     answer: int | None
@@ -83,9 +87,23 @@ def scripts(readme: Readme) -> list[Script]:
     ]
     answers = sorted({block.answer for block in runnable}, key=lambda answer: answer or 0)
     return [
-        Script(readme, answer, [block for block in runnable if block.answer == answer])
+        Script(readme, answer, [block for block in runnable if is_part(readme, block, answer)])
         for answer in answers
     ]
+
+
+def is_part(readme: Readme, block: Block, answer: int | None) -> bool:
+    return block.answer == answer or (answer is not None and is_given(readme, block, answer))
+
+
+def is_given(readme: Readme, block: Block, answer: int) -> bool:
+    """Whether a block writes a file that whoever reads this answer has by now, and no more."""
+    commands = [line for line in block.lines if line.startswith("$ ")]
+    if block.answer or len(commands) != 1 or not WRITES.match(commands[0]):
+        return False
+    end = min(other.line for other in readme.blocks if other.answer == answer)
+    exercises = [heading for heading in readme.headings if answer in heading.answers]
+    return any(heading.line < block.line < end for heading in exercises)
 
 
 def parse_console(block: Block) -> list[Command]:
